@@ -1,0 +1,101 @@
+"""A job that can be trusted: every value parsed and bounded, nothing left to interpret."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+
+class Queue(StrEnum):
+    LIVE = "live"
+    DEFAULT = "default"
+    BATCH = "batch"
+
+
+class Priority(StrEnum):
+    HIGH = "high"
+    MEDIUM = "medium"
+    LOW = "low"
+
+
+@dataclass(frozen=True, slots=True)
+class IoLimit:
+    """One line of cgroup v2's io.max for the block device ``MAJOR:MINOR``."""
+
+    device: str
+    read_bps: int | None = None
+    write_bps: int | None = None
+    read_iops: int | None = None
+    write_iops: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a job may use."""
+
+    cpu_percent: int
+    """100 is one core."""
+    memory_mb: int
+    disk_mb: int
+    timeout_sec: int
+    cpu_weight: int | None = None
+    """1 to 10000; None leaves it to the priority."""
+    io: IoLimit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedInput:
+    """A test video to be made before the job runs."""
+
+    width: int
+    height: int
+    frame_rate: float
+    duration_sec: float
+    """Of the generated file, at most 120 s; a longer job loops over it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileInput:
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class UrlInput:
+    url: str
+    scheme: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """Everything that decides how a job is run."""
+
+    id: str
+    scenario: str
+    """The scenario as sent, shortened and free of control characters: a label."""
+    queue: Queue
+    priority: Priority
+    classification: str
+    engine: str
+    """``ffmpeg``"""
+    source: GeneratedInput | FileInput | UrlInput
+    output: Path | None
+    """Where the job wants its output; None is the default path under the work directory."""
+    muxer: str
+    """ffmpeg's name of the container, by the output's suffix."""
+    encoder: str
+    bitrate_bps: int
+    preset: str | None
+    """None where the encoder has no presets."""
+    tune: str | None
+    threads: int
+    hwaccel: str | None
+    duration_sec: float | None
+    """Of the output, None is the whole input."""
+    scale: tuple[int, int] | None
+    """Width and height that a given input is scaled to."""
+    frame_rate: float | None
+    """The output's frame rate; None keeps the input's."""
+    limits: Limits
+    notes: tuple[str, ...] = ()
+    """For the log: limits that were lowered, parameters that were ignored."""
