@@ -1,12 +1,15 @@
 """The master's JSON, as pydantic models: liberal in what is read, exact in what is sent.
 
 A job's fields that decide what is run keep whatever type came (``Any``); they are judged in
-``worker.jobs.spec``, so that one bad field fails that job with a clear sentence instead of
+``worker.jobs.parse``, so that one bad field fails that job with a clear sentence instead of
 making the whole answer unreadable.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -101,3 +104,45 @@ class JobResult(BaseModel):
     error: str | None = None
     logs: str | None = None
     completed_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class ResultAnswer(BaseModel):
+    """What the master made of a result (``POST /results``)."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    status: Text = ""
+    """``success``, or ``retrying`` when a failed job goes back into the queue."""
+    retry: Count = None
+    """Number of the retry that follows, where ``status`` is ``retrying``."""
+    max_retries: Count = None
+
+
+def encode(model: NodeRegistration | JobResult) -> bytes:
+    """The body of a request: JSON in ASCII, without the fields that are None.
+
+    What JSON cannot carry would make the master refuse the whole report with a 400, and a
+    job's log may hold anything. So numbers that are not finite become null, and halves of
+    surrogate pairs (file names that are not UTF-8) become question marks.
+    """
+    fields = {name: value for name, value in model if value is not None}
+    return json.dumps(_plain(fields), allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _plain(value: object) -> object:
+    match value:
+        case None | bool() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case str():
+            return value.encode("utf-8", "replace").decode("utf-8")
+        case datetime():
+            # Go reads RFC 3339 only, which wants a zone. One without is local time.
+            return value.astimezone(UTC).isoformat()
+        case Mapping():
+            return {str(_plain(str(key))): _plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain(item) for item in value]
+        case _:
+            return _plain(str(value))

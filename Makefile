@@ -1,0 +1,57 @@
+# make demo    set up all that is needed and show the main job, end to end
+# make test    set up all that is needed and run the whole suite
+# make lint    ruff and mypy
+# make setup   .venv/bin/ffmpeg-worker, and the packages of the distribution it needs
+# make wheels  build/wheels: the project and all it needs at run time, to install without network
+# make clean   remove what the others made
+
+PY := $(CURDIR)/.venv/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check --no-input
+PYTEST_ARGS ?=
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: setup wheels demo test lint clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh
+
+# In two steps: the dependencies change seldom and need the network.
+wheels: build/wheels/.project
+
+build/wheels/.dependencies: pyproject.toml constraints.txt | .venv/.ready
+	@echo "wheels: the run-time dependencies"
+	@rm -rf build/wheels && mkdir -p build/wheels
+	@$(PIP) wheel -c constraints.txt -w build/wheels .
+	@touch $@
+
+build/wheels/.project: build/wheels/.dependencies $(shell find worker -name '*.py') $(wildcard README.md)
+	@echo "wheels: the project"
+	@rm -f build/wheels/ffmpeg_worker-*.whl
+	@$(PIP) wheel --no-deps -w build/wheels .
+	@touch $@
+
+demo: setup wheels
+	@$(PY) scripts/demo.py
+
+# Every part runs, also after one has failed. Inside the bed this folder is read-only: no cache there.
+test: setup wheels
+	@status=0; \
+	echo "== unit tests and tests on a mocked bus"; \
+	$(PY) -m pytest $(PYTEST_ARGS) tests/unit tests/bus || status=1; \
+	echo "== the test bed itself"; \
+	$(PY) -m pytest $(PYTEST_ARGS) tests/bed || status=1; \
+	echo "== on a real systemd"; \
+	$(PY) tests/bed/bed.py run -- \
+	  $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/system tests/e2e || status=1; \
+	exit $$status
+
+lint: setup
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

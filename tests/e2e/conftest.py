@@ -1,0 +1,167 @@
+"""The worker as a service of a real systemd, against a demo master. Runs inside the test bed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.master import FakeMaster
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / ".venv/bin/ffmpeg-worker"
+UNITS = Path("/run/systemd/system")
+SERVICE = "ffmpeg-worker.service"
+WORK_DIR = Path("/var/lib/ffmpeg-worker")
+CONFIG = Path("/run/ffmpeg-worker-test.env")
+METRICS_PORT = 19091
+
+
+def sh(*command: str, check: bool = True) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if check and done.returncode:
+        pytest.fail(f"{command} gave {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def job_units() -> list[str]:
+    listed = sh("systemctl", "list-units", "--all", "--plain", "--no-legend", "ffmpeg-job-*")
+    return [line.split()[0] for line in listed.splitlines()]
+
+
+def job_cgroups() -> list[str]:
+    return [str(path) for path in Path("/sys/fs/cgroup").glob("**/ffmpeg-job-*")]
+
+
+class Worker:
+    """ffmpeg-worker.service, as it is shipped but for where the program and its config lie."""
+
+    def __init__(self) -> None:
+        self._since = ""
+
+    def start(self, master: FakeMaster, **config: str) -> None:
+        settings = {
+            "MASTER_URL": master.url,
+            "NODE_NAME": "node-a",
+            "POLL_INTERVAL": "200ms",
+            "HEARTBEAT_INTERVAL": "1s",
+            "MAX_CONCURRENT_JOBS": "2",
+            "METRICS_PORT": str(METRICS_PORT),
+            "LOG_LEVEL": "debug",
+        }
+        settings |= config
+        CONFIG.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+        self.cursor()
+        sh("systemctl", "start", SERVICE)
+
+    def cursor(self) -> None:
+        """From here on log() reads."""
+        text = sh("journalctl", "-n", "0", "--show-cursor")
+        self._since = text.rpartition("cursor: ")[2].strip()
+
+    def stop(self) -> None:
+        sh("systemctl", "stop", SERVICE)
+
+    def log(self) -> str:
+        sh("journalctl", "--sync")
+        since = [f"--after-cursor={self._since}"] if self._since else []
+        return sh("journalctl", "-o", "cat", "-u", SERVICE, *since)
+
+    def show(self, name: str) -> str:
+        return sh("systemctl", "show", SERVICE, "-p", name, "--value").strip()
+
+    def get(self, path: str) -> tuple[int, str]:
+        url = f"http://127.0.0.1:{METRICS_PORT}{path}"
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def ready(self) -> tuple[int, dict[str, Any]]:
+        status, body = self.get("/ready")
+        document: dict[str, Any] = json.loads(body)
+        return status, document
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's series."""
+        _, body = self.get("/metrics")
+        rows = [line for line in body.splitlines() if line.partition("{")[0] == name]
+        assert rows, f"no {name} in:\n{body}"
+        return sum(float(line.rpartition(" ")[2]) for line in rows)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed() -> Iterator[None]:
+    assert os.environ.get("FFMPEG_WORKER_BED") == "1", (
+        "these tests start a system service, so they only run in the test bed: "
+        "tests/bed/bed.py run -- .venv/bin/python -m pytest tests/e2e"
+    )
+    UNITS.mkdir(exist_ok=True)
+    for unit in (ROOT / "units").glob("*.slice"):
+        (UNITS / unit.name).write_text(unit.read_text())
+    text = (ROOT / "units" / SERVICE).read_text()
+    text = text.replace("/usr/local/bin/ffmpeg-worker", str(PROGRAM))
+    text = text.replace("/etc/ffmpeg-worker/config.env", str(CONFIG))
+    text = text.replace("RestartSec=10s", "RestartSec=100ms")
+    (UNITS / SERVICE).write_text(text)
+    sh("systemctl", "daemon-reload")
+    yield
+    for unit in (*(ROOT / "units").glob("*.slice"), Path(SERVICE)):
+        (UNITS / unit.name).unlink()
+    sh("systemctl", "daemon-reload")
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    sh("systemctl", "stop", SERVICE, check=False)
+    sh("systemctl", "reset-failed", SERVICE, check=False)
+    assert job_units() == []
+    assert job_cgroups() == []
+    assert [path.name for path in WORK_DIR.glob("jobs/*")] == []
+
+
+@pytest.fixture
+def master() -> Iterator[FakeMaster]:
+    with FakeMaster(max_retries=0) as master:
+        yield master
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Callable[..., Path]:
+    """Makes small videos: ``media("in.mp4", seconds=2, size="160x120", rate=10)``."""
+
+    def make(name: str, *, seconds: float = 2, size: str = "160x120", rate: int = 10) -> Path:
+        path = tmp_path / name
+        source = f"testsrc2=size={size}:rate={rate}:duration={seconds}"
+        sh(
+            "ffmpeg",
+            "-v",
+            "error",
+            "-y",
+            "-f",
+            "lavfi",
+            "-i",
+            source,
+            "-pix_fmt",
+            "yuv420p",
+            str(path),
+        )
+        return path
+
+    return make
+
+
+def parameters(**values: Any) -> Mapping[str, Any]:
+    """A small and quick job."""
+    return {"scenario": "160x120p10-h264", "parameters": {"duration": 1, **values}}

@@ -1,0 +1,89 @@
+"""Counters from text."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker.systemd.usage import Usage, parse_file, parse_record
+
+V1 = """\
+frame=100
+progress=end
+/sys/fs/cgroup/unified/a/cpu.stat:usage_usec 33290
+/sys/fs/cgroup/unified/a/cpu.stat:user_usec 11091
+/sys/fs/cgroup/unified/a/cpu.stat:system_usec 22198
+/sys/fs/cgroup/memory/a/memory.max_usage_in_bytes:31457280
+/sys/fs/cgroup/memory/a/memory.oom_control:oom_kill_disable 0
+/sys/fs/cgroup/memory/a/memory.oom_control:under_oom 0
+/sys/fs/cgroup/memory/a/memory.oom_control:oom_kill 1
+/sys/fs/cgroup/memory/a/memory.failcnt:103
+/sys/fs/cgroup/blkio/a/blkio.throttle.io_service_bytes_recursive:254:0 Read 4096
+/sys/fs/cgroup/blkio/a/blkio.throttle.io_service_bytes_recursive:254:0 Write 100
+/sys/fs/cgroup/blkio/a/blkio.throttle.io_service_bytes_recursive:254:0 Total 4196
+/sys/fs/cgroup/blkio/a/blkio.throttle.io_service_bytes_recursive:254:16 Read 4
+/sys/fs/cgroup/blkio/a/blkio.throttle.io_service_bytes_recursive:254:16 Write 0
+/sys/fs/cgroup/blkio/a/blkio.throttle.io_service_bytes_recursive:Total 4200
+/sys/fs/cgroup/pids/a/pids.events:max 2
+"""
+V2 = """\
+/sys/fs/cgroup/a/cpu.stat:usage_usec 2500000
+/sys/fs/cgroup/a/cpu.stat:nr_periods 0
+/sys/fs/cgroup/a/memory.peak:1048576
+/sys/fs/cgroup/a/memory.events:low 0
+/sys/fs/cgroup/a/memory.events:max 12
+/sys/fs/cgroup/a/memory.events:oom 1
+/sys/fs/cgroup/a/memory.events:oom_kill 2
+/sys/fs/cgroup/a/io.stat:254:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0
+/sys/fs/cgroup/a/io.stat:8:0 rbytes=1 wbytes=2 rios=1 wios=2 dbytes=0 dios=0
+/sys/fs/cgroup/a/pids.events:max 0
+"""
+V1_USAGE = Usage(0.03329, 31457280, 4100, 100, 1, 103, 2)
+V2_USAGE = Usage(2.5, 1048576, 11, 22, 2, 1, 0)
+
+
+@pytest.mark.parametrize(("text", "expected"), [(V1, V1_USAGE), (V2, V2_USAGE), ("", Usage())])
+def test_a_record(text: str, expected: Usage) -> None:
+    assert parse_record(text) == expected
+
+
+@pytest.mark.parametrize("text", [V1, V2])
+def test_a_second_record_is_of_an_empty_cgroup(text: str) -> None:
+    emptied = "\n".join(
+        line for line in text.replace("33290", "1").replace("31457280", "0").splitlines()
+        if line.startswith("/")
+    )  # fmt: skip
+    assert parse_record(text + emptied + "\n") == parse_record(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "frame=1:2\n/etc/passwd:root 1\n",
+        "/sys/fs/cgroup/a/cpu.stat\n",
+        "/sys/fs/cgroup/a/cpu.stat:usage_usec many\n",
+        "/sys/fs/cgroup/a/memory.peak:max\n",
+        "/sys/fs/cgroup/a/memory.peak:\n",
+        "/sys/fs/cgroup/a/memory.peak:\u0663\n",
+        "/sys/fs/cgroup/a/io.stat:8:0 rbytes=x\n",
+        "/sys/fs/cgroup/a/unheard.of:1\n",
+    ],
+)
+def test_what_is_no_counter_counts_nothing(text: str) -> None:
+    assert parse_record(text) == Usage()
+
+
+def test_what_a_process_says() -> None:
+    lines = ["rchar: 100", "wchar: 5", "syscr: 1", "read_bytes: 40", "write_bytes: 4096"]
+    usage = parse_file("/proc/7/io", lines)
+    assert (usage.io_read_bytes, usage.io_write_bytes) == (100, 4096)
+
+
+def test_cpuacct() -> None:
+    assert parse_file("/sys/fs/cgroup/cpuacct/a/cpuacct.usage", ["1500000000"]).cpu_seconds == 1.5
+
+
+def test_merging_takes_the_larger() -> None:
+    one = Usage(cpu_seconds=1.0, oom_kills=0)
+    other = Usage(cpu_seconds=2.0, memory_peak_bytes=5)
+    merged = Usage(cpu_seconds=2.0, memory_peak_bytes=5, oom_kills=0)
+    assert one.merged(other) == other.merged(one) == merged

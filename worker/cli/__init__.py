@@ -1,0 +1,73 @@
+"""The command line: one module a command, and the frame that they run in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from worker.cli.arguments import Arguments, parse
+from worker.config import Resolved, resolve
+from worker.errors import WorkerError
+from worker.telemetry import logs
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line (without the program's name); returns the exit status."""
+    try:
+        arguments = parse(argv)
+        if arguments.answer:
+            print(arguments.answer)
+            return 0
+        resolved = resolve(
+            arguments.flags,
+            os.environ,
+            config_file=arguments.config_file,
+            need_master=arguments.command != "run",
+        )
+        return _dispatch(arguments, resolved)
+    except WorkerError as error:
+        logger.debug("ended by this error", exc_info=True)
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(f"ffmpeg-worker: {logs.escape(line)}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        logger.debug("ended by a defect", exc_info=True)
+        print(
+            f"ffmpeg-worker: internal error: {type(error).__name__}: {logs.escape(str(error))}; "
+            "LOG_LEVEL=debug shows where",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _dispatch(arguments: Arguments, resolved: Resolved) -> int:
+    settings = resolved.settings
+    # commands are imported here: each pays only for what it uses
+    if arguments.command == "check":
+        from worker.cli.check import run as check
+
+        return check(resolved)
+    key = settings.master_api_key
+    logs.setup(
+        settings.log_level,
+        settings.log_file,
+        secrets=[key.get_secret_value()] if key else [],
+    )
+    for warning in resolved.warnings:
+        logger.warning("%s", warning)
+    if arguments.command == "run":
+        from worker.cli.run import run as run_job
+
+        return run_job(settings, arguments.job_file)
+    from worker.cli.agent import run as run_agent
+
+    return run_agent(settings)

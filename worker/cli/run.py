@@ -1,0 +1,104 @@
+"""``ffmpeg-worker run``: one job through the same path, without any master."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from worker import workspace
+from worker.agent import connect
+from worker.config import Settings
+from worker.errors import ConfigError
+from worker.execution import Execution, find_programs
+from worker.jobs.outcome import Intent
+from worker.master.wire import Job
+from worker.node.facts import gather
+from worker.systemd.launcher import Launcher
+
+_LARGEST_JOB = 8 * 1024 * 1024
+
+
+def run(settings: Settings, job_file: str) -> int:
+    """Run the job in ``job_file`` (``-``: standard input); its result goes to stdout as JSON.
+
+    Returns 0 only if the job completed. Raises ConfigError if there is no job in the file.
+    """
+    job = read_job(job_file)
+    return asyncio.run(_run(settings, job))
+
+
+def read_job(job_file: str) -> Job:
+    """A job as the master would hand it out; without an id it gets one."""
+    name = "standard input" if job_file == "-" else job_file
+    try:
+        if job_file == "-":
+            data = sys.stdin.buffer.read(_LARGEST_JOB)
+        else:
+            with Path(job_file).open("rb") as file:
+                data = file.read(_LARGEST_JOB)
+        document = json.loads(data)
+    except OSError as error:
+        raise ConfigError(f"cannot read the job from {name}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is no JSON: {error}") from error
+    if isinstance(document, dict) and isinstance(document.get("job"), dict):
+        document = document["job"]
+    if not isinstance(document, dict):
+        raise ConfigError(f"{name} holds no JSON object; a job looks like {{\"scenario\": …}}")
+    document.setdefault("id", f"run-{secrets.token_hex(4)}")
+    try:
+        return Job.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: the job's id must be a text of 1 to 1024 characters") from error
+
+
+async def _run(settings: Settings, job: Job) -> int:
+    workspace.require_work_dir(settings.work_dir)
+    launcher = Launcher(user=settings.user)
+    await connect(launcher)
+    try:
+        facts = await gather(systemd_version=launcher.version)
+        progress = ProgressLine(sys.stderr.isatty())
+        execution = Execution(
+            job,
+            launcher=launcher,
+            capabilities=facts.capabilities,
+            programs=find_programs(),
+            settings=settings,
+            on_progress=progress.show,
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, execution.stop, Intent.CANCELLED)
+        try:
+            result = await execution.run()
+        finally:
+            progress.clear()
+            execution.close()
+    finally:
+        await launcher.close()
+    print(result.model_dump_json(exclude_none=True, indent=2))
+    return 0 if result.status == "completed" else 1
+
+
+class ProgressLine:
+    """The job's progress on one line of a terminal that is written over and over."""
+
+    def __init__(self, terminal: bool) -> None:
+        self._terminal = terminal
+        self._shown = False
+
+    def show(self, execution: Execution) -> None:
+        if self._terminal:
+            self._shown = True
+            print(f"\r\x1b[K{execution.progress_text()}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,67 @@
+"""The settings that the rest of the program reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, SecretStr
+
+from worker.jobs.spec import Limits
+
+DEFAULT_WORK_DIR = Path("/var/lib/ffmpeg-worker")
+
+
+class Settings(BaseModel):
+    """Every value parsed and within its bounds (``worker.config.resolve`` sees to that)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    master_url: str = ""
+    """``http(s)://host[:port][/path]`` without a trailing slash; empty: no master is needed."""
+    master_api_key: SecretStr | None = None
+    ca: Path | None = None
+    """PEM file of the authorities that may vouch for the master; None: the system's."""
+    cert: Path | None = None
+    key: Path | None = None
+    insecure_skip_verify: bool = False
+
+    node_name: str = ""
+    """The ``address`` we register with: it is our identity at the master."""
+    max_concurrent_jobs: int = 4
+    poll_interval: float = 3.0
+    """Seconds between two polls that found no job."""
+    heartbeat_interval: float = 30.0
+    """Seconds."""
+
+    default_cpu_percent: int = 200
+    """100 is one core."""
+    default_memory_mb: int = 2048
+    default_disk_mb: int = 5000
+    default_timeout_sec: int = 3600
+
+    generate_input: bool = True
+    persist_inputs: bool = False
+    persist_outputs: bool = False
+
+    metrics_addr: str = ""
+    """Address to serve metrics and health on; empty: all, IPv6 and IPv4."""
+    metrics_port: int = 9091
+    """0: none are served."""
+
+    work_dir: Path = DEFAULT_WORK_DIR
+    log_level: str = "info"
+    """``debug``, ``info``, ``warning`` or ``error``."""
+    log_file: Path | None = None
+    """A second place for the log; stderr has it in any case."""
+    user: bool = False
+    """Jobs are units of our own service manager (``systemctl --user``)."""
+
+    @property
+    def defaults(self) -> Limits:
+        """The limits of a job that names none."""
+        return Limits(
+            cpu_percent=self.default_cpu_percent,
+            memory_mb=self.default_memory_mb,
+            disk_mb=self.default_disk_mb,
+            timeout_sec=self.default_timeout_sec,
+        )

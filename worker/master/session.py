@@ -1,0 +1,239 @@
+"""Being known to the master: registration, heartbeats, and work only while both hold.
+
+A master forgets nodes and gives out new ids; it calls a node dead 90 s after it last heard of
+it, and a node once dead stays ``offline`` whatever it sends, until it registers again. So
+the id is never taken for granted, and a silence longer than that ends in a registration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Collection
+from typing import NoReturn
+
+from worker.errors import (
+    MasterError,
+    MasterRefused,
+    MasterUnreachable,
+    NodeUnknown,
+    Unauthorized,
+)
+from worker.master.answers import quotable
+from worker.master.client import MasterClient
+from worker.master.retry import Backoff, Throttle, Uniform
+from worker.master.wire import Job, NodeRegistration
+
+logger = logging.getLogger(__name__)
+
+DEAD_AFTER = 90.0
+"""Seconds after the last heartbeat at which the master gives a node up."""
+
+HANDED_OUT = frozenset({"processing", "assigned", "running"})
+"""States of a job that its node is expected to be running."""
+
+
+class NodeSession:
+    """Our standing with one master.
+
+    ``heartbeat_interval`` is in seconds. ``on_heartbeat`` is called after each heartbeat that
+    the master took. ``clock``, ``sleep`` and ``uniform`` stand in for time and chance in tests.
+    """
+
+    def __init__(
+        self,
+        client: MasterClient,
+        registration: NodeRegistration,
+        *,
+        heartbeat_interval: float = 30.0,
+        on_heartbeat: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        uniform: Uniform = random.uniform,
+    ) -> None:
+        self._client = client
+        self._registration = registration
+        self._interval = heartbeat_interval
+        self._on_heartbeat = on_heartbeat
+        self._clock = clock
+        self._sleep = sleep
+        self._uniform = uniform
+        self._registering = asyncio.Lock()
+        self._complaint = Throttle(clock=clock)
+        self._registrations = 0
+        self._in_doubt = False
+        self.node_id: str | None = None
+        """The id that the master gave us last; it may have forgotten it, see ``registered``."""
+        self.registered = False
+        """Whether the master knows us, as far as its last answer tells."""
+        self.last_heartbeat_at: float | None = None
+        """When the master last heard of us and said so (registering counts), on ``clock``."""
+        self.last_error = ""
+        """What went wrong last; empty as soon as the master answers well again."""
+
+    async def register(self) -> str:
+        """Our node id; registers first if need be, for as long as that takes."""
+        if self.registered and self.node_id is not None:
+            return self.node_id
+        return await self._register_anew(self.node_id)
+
+    async def run(self) -> NoReturn:
+        """Register and keep sending heartbeats, until cancelled."""
+        backoff = Backoff(1.0, max(1.0, self._interval / 3), uniform=self._uniform)
+        slow = self._slow()
+        await self.register()
+        while True:
+            try:
+                await self._beat()
+            except Unauthorized as error:
+                wait = slow.next(error.retry_after)
+                self._failed("heartbeat failed", error, wait)
+            except (MasterUnreachable, MasterRefused) as error:
+                # Sooner than the interval: a few lost heartbeats in a row make us dead.
+                wait = backoff.next(error.retry_after)
+                self._failed("heartbeat failed", error, wait)
+            else:
+                # A little early at random, so that many nodes do not beat in step.
+                wait = self._interval * self._uniform(0.9, 1.0)
+                backoff.reset()
+                slow.reset()
+            await self._sleep(wait)
+
+    async def next_job(self, held: Collection[str] | None = None) -> Job | None:
+        """The next job for this node, None if there is none; registers where needed.
+
+        ``held`` are the ids of all jobs that this node runs or still has to report. With it,
+        a job is recovered that the master handed out in an answer that never arrived: nobody
+        would run it otherwise, and our heartbeats would keep it from being given to others.
+
+        Raises MasterUnreachable, Unauthorized or MasterRefused, for the caller to back off.
+        """
+        if self._in_doubt and held is not None:
+            job = await self._lost_in_transit(await self.register(), held)
+            if job is not None:
+                return job
+        node_id = await self.register()
+        try:
+            return await self._take(node_id)
+        except MasterRefused as error:
+            if not await self._forgotten(node_id, error):
+                raise
+        return await self._take(await self._register_anew(node_id))
+
+    async def _take(self, node_id: str) -> Job | None:
+        try:
+            return await self._client.next_job(node_id)
+        except MasterUnreachable as error:
+            self._in_doubt |= error.sent
+            raise
+        except MasterRefused as error:
+            self._in_doubt |= error.status >= 500 or error.status < 300
+            raise
+
+    async def _lost_in_transit(self, node_id: str, held: Collection[str]) -> Job | None:
+        for job in await self._client.jobs():
+            if job.node_id == node_id and job.status in HANDED_OUT and job.id not in held:
+                logger.warning(
+                    "job %s was handed to us in an answer that did not arrive; taken up now",
+                    quotable(job.id),
+                )
+                return job
+        self._in_doubt = False
+        return None
+
+    async def _forgotten(self, node_id: str, error: MasterRefused) -> bool:
+        """Whether the master refused a job because it does not know this node."""
+        if isinstance(error, NodeUnknown):
+            return True
+        if error.status != 500:
+            return False
+        try:
+            await self._client.heartbeat(node_id)
+        except NodeUnknown:
+            return True
+        except MasterError:
+            return False  # that says nothing about the node; the first error stands
+        self._heard()
+        return False
+
+    async def _beat(self) -> None:
+        """One heartbeat, or a registration where a heartbeat would not do."""
+        node_id = await self.register()
+        silence = self._clock() - (self.last_heartbeat_at or 0.0)
+        if silence > DEAD_AFTER:
+            logger.warning(
+                "the master has not heard of us for %.0f s and may have given our jobs away; "
+                "registering again", silence,
+            )  # fmt: skip
+            node_id = await self._register_anew(node_id)
+        try:
+            await self._client.heartbeat(node_id)
+        except NodeUnknown as error:
+            logger.warning("%s; registering again", error)
+            node_id = await self._register_anew(node_id)
+            await self._client.heartbeat(node_id)
+        self._heard()
+
+    async def _register_anew(self, lost: str | None) -> str:
+        """A node id in place of the lost one; callers at the same time share a registration."""
+        before = self._registrations
+        async with self._registering:
+            known = self.node_id if self.registered else None
+            # Somebody registered while we waited for our turn (the id can stay the same), or
+            # before we learned that the id of an older one is void.
+            if known is not None and (self._registrations != before or known != lost):
+                return known
+            self.registered = False
+            return await self._register_until_it_works()
+
+    async def _register_until_it_works(self) -> str:
+        backoff = Backoff(1.0, 30.0, uniform=self._uniform)
+        slow = self._slow()
+        while True:
+            try:
+                node = await self._client.register(self._registration)
+            except Unauthorized as error:
+                wait = slow.next(error.retry_after)
+                self._failed("cannot register", error, wait)
+            except (MasterUnreachable, MasterRefused) as error:
+                wait = backoff.next(error.retry_after)
+                self._failed("cannot register", error, wait)
+            else:
+                break
+            await self._sleep(wait)
+        self.node_id = node.id
+        self.registered = True
+        self._registrations += 1
+        self.last_error = ""
+        self._complaint.reset()
+        self.last_heartbeat_at = self._clock()
+        logger.info(
+            "registered with the master at %s as node %s (%s)",
+            self._client.peer, quotable(node.id), quotable(node.name or self._registration.address),
+        )  # fmt: skip
+        return node.id
+
+    def _heard(self) -> None:
+        """The master took a heartbeat."""
+        if self.last_error:
+            logger.info("the master at %s answers again", self._client.peer)
+        self.last_error = ""
+        self._complaint.reset()
+        self.last_heartbeat_at = self._clock()
+        if self._on_heartbeat is not None:
+            self._on_heartbeat()
+
+    def _failed(self, what: str, error: MasterError, wait: float) -> None:
+        """Say so at once, and then once a minute."""
+        self.last_error = str(error)
+        level = logging.ERROR if isinstance(error, Unauthorized) else logging.WARNING
+        logger.log(
+            level if self._complaint.due() else logging.DEBUG,
+            "%s, next attempt in %.0f s: %s", what, wait, error,
+        )  # fmt: skip
+
+    def _slow(self) -> Backoff:
+        """30 s rising to 5 min: asking again soon does not mend a key."""
+        return Backoff(30.0, 270.0, floor=30.0, uniform=self._uniform)

@@ -1,0 +1,1 @@
+"""What this machine is: CPUs, memory, disk, GPUs, encoders."""

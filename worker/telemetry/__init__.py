@@ -1,0 +1,1 @@
+"""What the worker tells the outside: logs, metrics, health, and its state to systemd."""
