@@ -70,17 +70,17 @@ def test_gone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENODEV, errno.ESRCH, errno.EACCES])
 def test_a_file_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def fail(*_args: object, **_options: object) -> str:
+    def fail(*_args: object) -> int:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(os, "open", fail)
     assert read_lines("/x") is None
 
 
 def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args: object, **_options: object) -> str:
+    def fail(*_args: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(OSError, match="Input/output"):
         read_lines("/x")

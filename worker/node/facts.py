@@ -109,7 +109,8 @@ def describe(
             memory_bytes=parse_meminfo(meminfo).get("MemTotal", 0),
             encoders=encoders.usable,
             listed_encoders=encoders.listed,
-            hwaccels=encoders.hwaccels,
+            # The build lists what it could use with the right GPU; without any, nothing decodes.
+            hwaccels=encoders.hwaccels if gpus else frozenset(),
             has_gpu=bool(encoders.hardware),
             default_encoder=default,
         ),

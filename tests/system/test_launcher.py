@@ -1,0 +1,429 @@
+"""The launcher on a real systemd: limits that hold, verdicts that are true, nothing left behind.
+
+Runs inside the test bed, which sets FFMPEG_WORKER_BED.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from worker.errors import SystemdError, UnitExists
+from worker.systemd.launch import Launch, UnitLimits
+from worker.systemd.launcher import Launcher
+from worker.systemd.names import Step, slice_name, unit_name
+from worker.systemd.unit import Unit
+from worker.systemd.usage import Usage
+
+MIB = 1 << 20
+SLICES = Path(__file__).parents[2] / "units"
+BUSY = ("/bin/sh", "-c", "while :; do :; done")
+SLEEP = ("/bin/sleep", "60")
+HOG = f"x = bytearray({200 * MIB})"
+PYTHON = shutil.which("python3") or sys.executable
+
+
+async def run(*command: str, check: bool = True) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output = (await process.communicate())[0].decode()
+    assert process.returncode == 0 or not check, f"{command}: {output}"
+    return output
+
+
+async def until(condition: Callable[[], bool], timeout: float = 10) -> None:
+    """Wait for something that has no event of its own."""
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def job_cgroups() -> list[Path]:
+    return [path for path in Path("/sys/fs/cgroup").glob("**/ffmpeg-job-*") if path.is_dir()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bed() -> None:
+    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
+
+
+@pytest.fixture
+async def launcher() -> AsyncIterator[Launcher]:
+    """Connected, and when the test is over: no unit and no cgroup of a job is left."""
+    assert await run("systemctl", "list-units", "--all", "--plain", "-q", "ffmpeg-job-*") == ""
+    launcher = Launcher()
+    await launcher.connect()
+    yield launcher
+    await launcher.close()
+    left = await run("systemctl", "list-units", "--all", "--plain", "-q", "ffmpeg-job-*")
+    assert left == ""
+    await until(lambda: not job_cgroups())
+
+
+class Jobs:
+    """Makes launches that differ in what a test is about only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def launch(
+        self, *argv: str, job: str = "one", queue: str = "default", **options: object
+    ) -> Launch:
+        limits = {
+            name: options.pop(name)
+            for name in ("cpu_percent", "memory_bytes", "runtime_sec", "file_bytes", "tasks_max")
+            if name in options
+        }
+        return Launch(
+            unit=unit_name(job, Step.MAIN),
+            description=f"test job {job}",
+            argv=argv,
+            slice=slice_name(queue),
+            limits=UnitLimits(**limits),  # type: ignore[arg-type]
+            stdout=self.folder / f"{job}.out",
+            stop_timeout_sec=2,
+            **options,  # type: ignore[arg-type]
+        )
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(tmp_path)
+
+
+async def cpu_share(unit: Unit, seconds: float) -> float:
+    """Cores used, by the cgroup's own counter."""
+    before, begun = unit.sample().cpu_seconds, time.monotonic()
+    await asyncio.sleep(seconds)
+    after, ended = unit.sample().cpu_seconds, time.monotonic()
+    assert before is not None
+    assert after is not None
+    return (after - before) / (ended - begun)
+
+
+async def test_half_a_core_is_half_a_core(launcher: Launcher, jobs: Jobs) -> None:
+    unit = await launcher.start(jobs.launch(*BUSY, cpu_percent=50))
+    assert await cpu_share(unit, 4.5) == pytest.approx(0.5, abs=0.05)
+    await unit.stop()
+    await unit.reap()
+
+
+async def test_a_memory_limit_kills_and_is_told_every_time(launcher: Launcher, jobs: Jobs) -> None:
+    program = (PYTHON, "-c", HOG)
+    child = ("/bin/sh", "-c", f"{PYTHON} -c '{HOG}'; exit $?")
+    seen = []
+    for number in range(20):
+        argv = child if number % 2 else program
+        unit = await launcher.start(jobs.launch(*argv, job=f"oom-{number}", memory_bytes=64 * MIB))
+        state = await unit.finished()
+        usage = await unit.usage()
+        seen.append((state.active_state, bool(usage.oom_kills)))
+        assert usage.memory_peak_bytes is not None
+        assert 60 * MIB < usage.memory_peak_bytes <= 64 * MIB
+        await unit.reap()
+    assert seen == [("failed", True)] * 20
+
+
+async def test_a_kill_is_not_taken_for_lack_of_memory(launcher: Launcher, jobs: Jobs) -> None:
+    unit = await launcher.start(jobs.launch(*SLEEP, memory_bytes=64 * MIB))
+    os.kill(unit.state.main_pid, signal.SIGKILL)
+    state = await unit.finished()
+    assert (state.result, state.exec_main_code, state.exec_main_status) == ("signal", 2, 9)
+    assert (await unit.usage()).oom_kills == 0
+    await unit.reap()
+
+
+async def test_a_time_limit(launcher: Launcher, jobs: Jobs) -> None:
+    unit = await launcher.start(jobs.launch(*SLEEP, runtime_sec=1))
+    state = await unit.finished()
+    assert state.result == "timeout"
+    assert state.wall_seconds == pytest.approx(1, abs=0.5)
+    await unit.reap()
+
+
+async def test_a_file_limit(launcher: Launcher, jobs: Jobs) -> None:
+    target = jobs.folder / "big"
+    unit = await launcher.start(
+        jobs.launch("/bin/dd", "if=/dev/zero", f"of={target}", "bs=64k", file_bytes=MIB)
+    )
+    state = await unit.finished()
+    assert state.exec_main_code in (2, 3)  # with or without a core dump
+    assert state.exec_main_status == signal.SIGXFSZ
+    assert target.stat().st_size == MIB
+    await unit.reap()
+
+
+async def test_a_task_limit(launcher: Launcher, jobs: Jobs) -> None:
+    program = "for i in 1 2 3 4; do sleep 1 & done; wait; exit 9"
+    unit = await launcher.start(jobs.launch("/bin/sh", "-c", program, tasks_max=2))
+    await unit.finished()
+    assert (await unit.usage()).task_limit_hits
+    await unit.reap()
+
+
+async def test_a_program_that_is_not_there(launcher: Launcher, jobs: Jobs) -> None:
+    unit = await launcher.start(jobs.launch("/nonexistent/ffmpeg"))
+    assert not unit.started
+    state = await unit.finished()
+    assert state.exec_failed
+    assert state.exec_main_status == 203
+    await unit.reap()
+
+
+@pytest.mark.parametrize("status", [0, 1, 69, 200, 203, 234, 255])
+async def test_exit_statuses(launcher: Launcher, jobs: Jobs, status: int) -> None:
+    unit = await launcher.start(jobs.launch("/bin/sh", "-c", f"sleep 0.1; exit {status}"))
+    assert unit.started
+    state = await unit.finished()
+    assert (state.exec_main_code, state.exec_main_status) == (1, status)
+    assert state.result == ("exit-code" if status else "success")
+    assert not state.vanished
+    await unit.reap()
+    assert unit.state == state
+
+
+async def test_very_short_programs_are_never_missed(launcher: Launcher, jobs: Jobs) -> None:
+    for number in range(50):
+        unit = await launcher.start(jobs.launch("/bin/true", job=f"short-{number % 3}"))
+        state = await unit.finished()
+        assert (state.result, state.exec_main_code, state.vanished) == ("success", 1, False)
+        await unit.reap()
+
+
+async def test_many_at_once(launcher: Launcher, jobs: Jobs) -> None:
+    units = await asyncio.gather(
+        *(launcher.start(jobs.launch("/bin/true", job=f"many-{i}")) for i in range(60))
+    )
+    states = await asyncio.gather(*(unit.finished() for unit in units))
+    assert {state.result for state in states} == {"success"}
+    await asyncio.gather(*(unit.reap() for unit in units))
+
+
+async def test_stop(launcher: Launcher, jobs: Jobs) -> None:
+    unit = await launcher.start(jobs.launch(*SLEEP))
+    await unit.stop()
+    assert (unit.state.exec_main_code, unit.state.exec_main_status) == (2, signal.SIGTERM)
+    await unit.reap()
+
+
+async def test_stop_of_a_program_that_ignores_it(launcher: Launcher, jobs: Jobs) -> None:
+    unit = await launcher.start(
+        jobs.launch("/bin/sh", "-c", "trap '' TERM; while :; do sleep 0.1; done")
+    )
+    begun = time.monotonic()
+    await unit.stop()
+    assert 1.5 < time.monotonic() - begun < 6
+    assert unit.state.exec_main_status == signal.SIGKILL
+    await unit.reap()
+
+
+async def test_stopped_by_somebody_else(launcher: Launcher, jobs: Jobs) -> None:
+    unit = await launcher.start(jobs.launch(*SLEEP))
+    await run("systemctl", "stop", unit.name)
+    state = await unit.finished()
+    assert state.vanished
+    assert (state.exec_main_code, state.exec_main_status) == (2, signal.SIGTERM)
+    await unit.reap()
+
+
+async def test_a_verdict_somebody_else_clears_stays_a_failure(
+    launcher: Launcher, jobs: Jobs
+) -> None:
+    unit = await launcher.start(jobs.launch("/bin/sh", "-c", "sleep 0.2; exit 4"))
+    state = await unit.finished()
+    await run("systemctl", "reset-failed", unit.name)
+    assert unit.state == state
+    assert state.exec_main_status == 4
+    await unit.reap()
+
+
+async def test_a_running_unit_is_not_started_again(launcher: Launcher, jobs: Jobs) -> None:
+    unit = await launcher.start(jobs.launch(*SLEEP))
+    other = Launcher()
+    await other.connect()
+    with pytest.raises(UnitExists):
+        await other.start(jobs.launch(*SLEEP))
+    assert not unit.state.finished
+    assert await other.leftovers() == [unit.name]
+    await other.stop_and_reap(unit.name)
+    assert (await unit.finished()).vanished
+    await unit.reap()
+    await other.close()
+
+
+@pytest.mark.parametrize("command", ["exit 0", "exit 1"])
+async def test_remains_of_an_earlier_life_are_cleared(
+    launcher: Launcher, jobs: Jobs, command: str
+) -> None:
+    other = Launcher()
+    await other.connect()
+    await (await other.start(jobs.launch("/bin/sh", "-c", command))).finished()
+    await other.close()
+    unit = await launcher.start(jobs.launch("/bin/sh", "-c", "exit 5"))
+    assert (await unit.finished()).exec_main_status == 5
+    await unit.reap()
+
+
+@pytest.mark.parametrize("leftover", [SLEEP, ("/bin/true",), ("/bin/false",)])
+async def test_leftovers(launcher: Launcher, jobs: Jobs, leftover: tuple[str, ...]) -> None:
+    other = Launcher()
+    await other.connect()
+    unit = await other.start(jobs.launch(*leftover))
+    await other.close()
+    assert await launcher.leftovers() == [unit.name]
+    await launcher.stop_and_reap(unit.name)
+    assert await launcher.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    "disturbance",
+    [
+        ("systemctl", "kill", "--signal=KILL", "dbus.service"),
+        ("systemctl", "daemon-reload"),
+        ("systemctl", "daemon-reexec"),
+    ],
+    ids=["dbus", "reload", "reexec"],
+)
+@pytest.mark.parametrize("during", [True, False])
+async def test_the_end_is_found_in_spite_of(
+    launcher: Launcher, jobs: Jobs, disturbance: tuple[str, ...], during: bool
+) -> None:
+    """The disturbance comes while the program runs, or just as it ends."""
+    unit = await launcher.start(jobs.launch("/bin/sh", "-c", "sleep 0.6; exit 3"))
+    if not during:
+        await asyncio.sleep(0.55)
+    await run(*disturbance)
+    state = await asyncio.wait_for(unit.finished(), 30)
+    assert (state.exec_main_status, state.vanished) == (3, False)
+    await unit.reap()
+    again = await launcher.start(jobs.launch("/bin/true"))
+    assert (await again.finished()).result == "success"
+    await again.reap()
+
+
+async def test_arguments_arrive_as_they_are(launcher: Launcher, jobs: Jobs) -> None:
+    arguments = [
+        "$HOME", "${HOME}", "a$b", "$$", "$", "%n", "%%", "a b", "", "'", '"', "\\", "\\x41", ";",
+        "-i", "ä🎬", "line\nbreak", "tab\t", "*", "~", "#", "@x", "+y", "!z", ":w", "{a,b}",
+    ]  # fmt: skip
+    program = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    unit = await launcher.start(jobs.launch(PYTHON, "-c", program, *arguments))
+    assert (await unit.finished()).result == "success"
+    assert json.loads(unit.launch.stdout.read_text()) == arguments
+    await unit.reap()
+
+
+async def test_the_surroundings_of_a_program(launcher: Launcher, jobs: Jobs) -> None:
+    program = 'umask; pwd; echo "$A"; nice; cat; grep NoNewPrivs /proc/self/status'
+    unit = await launcher.start(
+        jobs.launch(
+            "/bin/sh", "-c", program, environment={"A": "1 $B %n"}, working_directory=jobs.folder
+        )
+    )
+    await unit.finished()
+    lines = unit.launch.stdout.read_text().splitlines()
+    assert lines[:4] == ["0077", str(jobs.folder), "1 $B %n", "10"]
+    assert lines[4].split() == ["NoNewPrivs:", "1"]
+    await unit.reap()
+
+
+async def test_the_journal_knows_the_job(launcher: Launcher, jobs: Jobs) -> None:
+    identity = f"id-{os.getpid()}"
+    unit = await launcher.start(
+        jobs.launch(
+            "/bin/sh", "-c", "echo trouble >&2", journal_fields={"JOB_ID": f"{identity}\nX=1"}
+        )
+    )
+    await unit.finished()
+    await unit.reap()
+    await run("journalctl", "--sync")
+    output = await run("journalctl", "-o", "json", f"JOB_ID={identity}\\nX=1")
+    entries = [json.loads(line) for line in output.splitlines()]
+    (entry,) = [entry for entry in entries if entry["MESSAGE"] == "trouble"]
+    assert entry["SYSLOG_IDENTIFIER"] == "ffmpeg-job"
+    assert entry["_SYSTEMD_UNIT"] == unit.name
+    assert "X" not in entry
+
+
+async def test_what_a_unit_used(launcher: Launcher, jobs: Jobs) -> None:
+    program = (
+        "open('big', 'wb').write(bytes(5_000_000)); n = 0\n"
+        "import time; end = time.process_time() + 0.5\n"
+        "while time.process_time() < end: n += 1\n"
+        "raise SystemExit(1)"
+    )
+    unit = await launcher.start(jobs.launch(PYTHON, "-c", program, working_directory=jobs.folder))
+    best = Usage()
+    while not unit.state.finished:
+        best = best.merged(unit.sample())
+        await asyncio.sleep(0.05)
+    usage = await unit.usage()
+    assert usage.cpu_seconds == pytest.approx(0.55, abs=0.2)
+    assert usage.io_write_bytes is not None
+    assert usage.io_write_bytes >= 5_000_000
+    assert usage.memory_peak_bytes is not None
+    assert usage.memory_peak_bytes > 5_000_000
+    assert usage.merged(best) == usage
+    await unit.reap()
+
+
+@pytest.fixture
+async def slices() -> AsyncIterator[None]:
+    """The project's slices, for as long as they are not installed."""
+    names = ["ffmpeg.slice", "ffmpeg-live.slice", "ffmpeg-batch.slice"]
+    folder = Path("/run/systemd/system")
+    folder.mkdir(parents=True, exist_ok=True)
+    made = [
+        folder / name
+        for name in names
+        if not (await run("systemctl", "show", "-P", "FragmentPath", name)).strip()
+    ]
+    for path in made:
+        shutil.copyfile(SLICES / path.name, path)
+    await run("systemctl", "daemon-reload")
+    yield
+    for path in made:
+        path.unlink()
+    await run("systemctl", "daemon-reload")
+
+
+@pytest.mark.usefixtures("slices")
+async def test_live_goes_before_batch(launcher: Launcher, jobs: Jobs) -> None:
+    core = str(min(os.sched_getaffinity(0)))
+    taskset = shutil.which("taskset")
+    assert taskset is not None
+    units = {
+        queue: await launcher.start(
+            jobs.launch(taskset, "-c", core, *BUSY, job=f"loop-{queue}", queue=queue)
+        )
+        for queue in ("live", "batch")
+    }
+    weights = {
+        queue: int(await run("systemctl", "show", "-P", "CPUWeight", slice_name(queue)))
+        for queue in units
+    }
+    used = dict(
+        zip(units, await asyncio.gather(*(cpu_share(u, 5) for u in units.values())), strict=True)
+    )
+    expected = weights["live"] / sum(weights.values())
+    assert used["live"] / sum(used.values()) == pytest.approx(expected, abs=0.05)
+    for unit in units.values():
+        await unit.stop()
+        await unit.reap()
+
+
+async def test_no_bus_is_said_clearly() -> None:
+    launcher = Launcher(address="unix:path=/nonexistent/bus")
+    with pytest.raises(SystemdError, match="/nonexistent/bus"):
+        await launcher.connect()
+    await launcher.close()
