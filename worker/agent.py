@@ -6,21 +6,24 @@ import asyncio
 import functools
 import logging
 import signal
+from datetime import UTC, datetime
 
 from worker import __version__, workspace
 from worker.config import Settings
 from worker.dispatch import LAST_POLL_SEC, Dispatcher
 from worker.errors import Reason, SystemdError
-from worker.execution import Execution, find_programs
-from worker.jobs.report import refusal
+from worker.execution import Execution
+from worker.jobs.outcome import Outcome
+from worker.jobs.report import JobRun, build_result
 from worker.leftovers import Leftovers
 from worker.master.client import MasterClient
 from worker.master.delivery import deliver
 from worker.master.retry import Backoff, Throttle
 from worker.master.session import NodeSession
-from worker.master.wire import Job
+from worker.master.wire import Job, JobResult
 from worker.node import disk
 from worker.node.facts import gather
+from worker.steps import Programs
 from worker.systemd.launcher import Launcher
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.notify import Notifier
@@ -97,7 +100,7 @@ class Agent:
         self._notifier.ready("starting")
         facts = await gather(systemd_version=self._launcher.version)
         self._metrics.set_encoders(facts.encoders.proven, has_gpu=facts.capabilities.has_gpu)
-        programs = find_programs()
+        programs = Programs.find()
         key = settings.master_api_key
         async with MasterClient(
             base_url=settings.master_url,
@@ -112,11 +115,13 @@ class Agent:
                 facts.registration(settings.node_name),
                 heartbeat_interval=settings.heartbeat_interval,
                 on_heartbeat=self._metrics.heartbeat,
+                in_doubt=True,
             )
 
             def execute(job: Job) -> Execution:
                 return Execution(
                     job,
+                    node_id=session.node_id or "",
                     launcher=self._launcher,
                     capabilities=facts.capabilities,
                     programs=programs,
@@ -179,15 +184,29 @@ class Agent:
         node_id = await session.register()
         for job in await leftovers.jobs(client, node_id):
             logger.warning("job %s: the worker ended while it ran; reporting it failed", job.id)
-            result = refusal(job, Reason.PLATFORM_ERROR, "the worker was restarted while it ran")
-            dispatcher.report(job, result, functools.partial(leftovers.forget, job))
+            dispatcher.report(
+                job, self._restarted(job, node_id), functools.partial(leftovers.forget, job)
+            )
         await dispatcher.run()
+
+    def _restarted(self, job: Job, node_id: str) -> JobResult:
+        now = datetime.now(UTC)
+        run = JobRun(
+            job=job,
+            node_id=node_id,
+            node_name=self._settings.node_name,
+            started_at=now,
+            ended_at=now,
+            total_sec=0.0,
+        )
+        sentence = "the worker was restarted while the job ran; run it again"
+        return build_result(run, Outcome.failed(Reason.PLATFORM_ERROR, sentence))
 
     async def _tell_status(self, session: NodeSession, dispatcher: Dispatcher) -> None:
         """Keep systemctl's status line, the disk gauge and the disk warning up to date."""
         last = ""
         while True:
-            used = disk.usage(self._settings.work_dir).used_ratio
+            used = self._disk_used()
             self._metrics.set_disk_used(used)
             if used >= DISK_WARN_RATIO and self._disk_complaint.due():
                 logger.warning(
@@ -208,16 +227,21 @@ class Agent:
         return self._disk_full()
 
     def _disk_full(self) -> str:
-        try:
-            used = disk.usage(self._settings.work_dir).used_ratio
-        except OSError as error:
-            return f"the work directory {self._settings.work_dir} is gone: {error.strerror}"
+        used = self._disk_used()
         if used < DISK_FULL_RATIO:
             return ""
         return (
             f"the disk of {self._settings.work_dir} is {used:.0%} full "
             f"(limit {DISK_FULL_RATIO:.0%}); free some space"
         )
+
+    def _disk_used(self) -> float:
+        """0 to 1; 1 where the work directory cannot even be looked at."""
+        try:
+            return disk.usage(self._settings.work_dir).used_ratio
+        except OSError as error:
+            logger.error("work directory %s: %s", self._settings.work_dir, error.strerror)
+            return 1.0
 
     def _signalled(self, number: signal.Signals) -> None:
         if self._stop.is_set():

@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
-from worker.errors import MasterError, MasterRefused, MasterUnreachable, Unauthorized
+from worker.errors import MasterError, MasterRefused, MasterUnreachable, Reason, Unauthorized
 from worker.execution import Execution
 from worker.jobs.outcome import Intent
+from worker.jobs.report import bandwidth_mbps, verdict_of
 from worker.jobs.spec import Queue
 from worker.master.retry import Backoff, Throttle
 from worker.master.wire import Job, JobResult
@@ -108,8 +109,12 @@ class Dispatcher:
             else:
                 self._accept(job)
 
+    def stop_polling(self) -> None:
+        """Take no more jobs; run() returns as soon as the request under way is answered."""
+        self._stopping.set()
+
     async def stop(self, hurry: asyncio.Event) -> None:
-        """Take no more jobs, end those that run, and see their reports off.
+        """End the jobs that run, and see their reports off.
 
         ``hurry`` cuts the waiting for reports short.
         """
@@ -121,11 +126,12 @@ class Dispatcher:
         reports = [*self._reports]
         if reports and not hurry.is_set():
             hurried = asyncio.create_task(hurry.wait())
-            everything = asyncio.gather(*reports)
+            everything = asyncio.create_task(asyncio.wait(reports))
             await asyncio.wait(
-                {hurried, everything}, timeout=LAST_REPORTS_SEC, return_when="FIRST_COMPLETED"
+                (hurried, everything), timeout=LAST_REPORTS_SEC, return_when="FIRST_COMPLETED"
             )
             hurried.cancel()
+            everything.cancel()
         for report, held in self._reports.items():
             logger.error("job %s: the master did not take its result in time", held.job_id)
             report.cancel()
@@ -217,3 +223,23 @@ class Dispatcher:
         finally:
             for task in waiting:
                 task.cancel()
+
+
+def count(metrics: Metrics, execution: Execution) -> None:
+    """Count a job that has ended."""
+    for seconds in execution.steps.start_seconds:
+        metrics.unit_started(seconds)
+    facts, outcome = execution.facts, execution.outcome
+    if facts is None or outcome is None:  # its task was cancelled
+        metrics.job_finished(Reason.PLATFORM_ERROR)
+        return
+    if facts.generation_sec is not None and facts.input_bytes is not None:
+        metrics.input_generated(facts.generation_sec, facts.input_bytes)
+    verdict = verdict_of(facts, outcome)
+    metrics.job_finished(
+        outcome.reason,
+        sla_compliant=verdict.compliant if verdict.worthy else None,
+        input_bytes=facts.input_bytes,
+        output_bytes=facts.output_bytes,
+        bandwidth_mbps=bandwidth_mbps(facts),
+    )

@@ -88,7 +88,9 @@ class MasterUnreachable(MasterError):
     ``retry_after`` is in seconds, where the master named a delay (RFC 9110, Retry-After).
     """
 
-    def __init__(self, message: str, *, sent: bool = True, retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, sent: bool = True, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.sent = sent
         self.retry_after = retry_after

@@ -63,7 +63,9 @@ class Leftovers:
                     jobs = []
                     break
                 wait = backoff.next(error.retry_after)
-                logger.warning("cannot ask what became of our jobs: %s; in %.0f s again", error, wait)
+                logger.warning(
+                    "cannot ask what became of our jobs: %s; in %.0f s again", error, wait
+                )
                 await asyncio.sleep(wait)
         held = {
             safe_id(job.id): job

@@ -191,18 +191,22 @@ def check_output(path: Path, source: Path | None) -> None:
         )
 
 
-def publish(staged: Path, target: Path) -> int:
+def publish(staged: Path, target: Path, *, copy: bool = False) -> int:
     """Put a finished file under its final name, whole or not at all; its size in bytes.
 
-    A rename where that is possible, else a copy beside the target and then the rename.
-    A symbolic link at ``target`` is replaced, never followed.
+    A rename where that is possible, else a copy beside the target and then the rename; always
+    so with ``copy``, which leaves ``staged`` where it is. A symbolic link at ``target`` is
+    replaced, never followed.
 
     Raises JobError if the target's folder refuses it.
     """
     try:
         size = _finish(staged)
         try:
-            staged.replace(target)
+            if copy:
+                _copy_beside(staged, target)
+            else:
+                staged.replace(target)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
@@ -229,7 +233,6 @@ def _copy_beside(staged: Path, target: Path) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    staged.unlink()
 
 
 def _finish(staged: Path) -> int:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,6 @@ def media(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def parameters(**values: Any) -> Mapping[str, Any]:
+def parameters(**values: Any) -> dict[str, Any]:
     """A small and quick job."""
     return {"scenario": "160x120p10-h264", "parameters": {"duration": 1, **values}}

@@ -15,10 +15,11 @@ from worker import workspace
 from worker.agent import connect
 from worker.config import Settings
 from worker.errors import ConfigError
-from worker.execution import Execution, find_programs
+from worker.execution import Execution
 from worker.jobs.outcome import Intent
 from worker.master.wire import Job
 from worker.node.facts import gather
+from worker.steps import Programs
 from worker.systemd.launcher import Launcher
 
 _LARGEST_JOB = 8 * 1024 * 1024
@@ -50,7 +51,7 @@ def read_job(job_file: str) -> Job:
     if isinstance(document, dict) and isinstance(document.get("job"), dict):
         document = document["job"]
     if not isinstance(document, dict):
-        raise ConfigError(f"{name} holds no JSON object; a job looks like {{\"scenario\": …}}")
+        raise ConfigError(f'{name} holds no JSON object; a job looks like {{"scenario": …}}')
     document.setdefault("id", f"run-{secrets.token_hex(4)}")
     try:
         return Job.model_validate(document)
@@ -67,9 +68,10 @@ async def _run(settings: Settings, job: Job) -> int:
         progress = ProgressLine(sys.stderr.isatty())
         execution = Execution(
             job,
+            node_id=settings.node_name,
             launcher=launcher,
             capabilities=facts.capabilities,
-            programs=find_programs(),
+            programs=Programs.find(),
             settings=settings,
             on_progress=progress.show,
         )

@@ -22,7 +22,7 @@ from worker.errors import (
     Unauthorized,
 )
 from worker.master.answers import quotable
-from worker.master.client import MasterClient
+from worker.master.client import NO_SUCH_ROUTE, MasterClient
 from worker.master.retry import Backoff, Throttle, Uniform
 from worker.master.wire import Job, NodeRegistration
 
@@ -39,7 +39,9 @@ class NodeSession:
     """Our standing with one master.
 
     ``heartbeat_interval`` is in seconds. ``on_heartbeat`` is called after each heartbeat that
-    the master took. ``clock``, ``sleep`` and ``uniform`` stand in for time and chance in tests.
+    the master took. ``in_doubt`` says that the master may have handed us jobs that we do not know
+    of, as after a restart. ``clock``, ``sleep`` and ``uniform`` stand in for time and chance in
+    tests.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class NodeSession:
         *,
         heartbeat_interval: float = 30.0,
         on_heartbeat: Callable[[], None] | None = None,
+        in_doubt: bool = False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         uniform: Uniform = random.uniform,
@@ -63,7 +66,7 @@ class NodeSession:
         self._registering = asyncio.Lock()
         self._complaint = Throttle(clock=clock)
         self._registrations = 0
-        self._in_doubt = False
+        self._in_doubt = in_doubt
         self.node_id: str | None = None
         """The id that the master gave us last; it may have forgotten it, see ``registered``."""
         self.registered = False
@@ -133,7 +136,13 @@ class NodeSession:
             raise
 
     async def _lost_in_transit(self, node_id: str, held: Collection[str]) -> Job | None:
-        for job in await self._client.jobs():
+        try:
+            jobs = await self._client.jobs()
+        except MasterRefused as error:
+            if error.status not in NO_SUCH_ROUTE:
+                raise
+            jobs = []  # a master that shows no jobs has none to recover
+        for job in jobs:
             if job.node_id == node_id and job.status in HANDED_OUT and job.id not in held:
                 logger.warning(
                     "job %s was handed to us in an answer that did not arrive; taken up now",

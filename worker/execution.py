@@ -1,0 +1,304 @@
+"""One accepted job on its way through its units: input, transcode, probe, publish, report.
+
+``run`` returns the result to be delivered, whatever happens: every failure of a job is an
+outcome, not an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from worker import workspace
+from worker.config import Settings
+from worker.errors import JobError, Reason, SystemdError
+from worker.jobs import ffmpeg, probe
+from worker.jobs.capabilities import Capabilities
+from worker.jobs.outcome import Intent, Outcome, error_text
+from worker.jobs.parse import parse_job
+from worker.jobs.progress import Progress, parse_progress
+from worker.jobs.report import JobRun, build_result
+from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, Limits
+from worker.master.wire import Job, JobResult
+from worker.node import disk
+from worker.steps import MIB, Programs, StepRun, Steps
+from worker.systemd.launcher import Launcher
+from worker.systemd.names import safe_id
+from worker.systemd.usage import Usage
+from worker.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_LOG_SECONDS = 10.0
+
+
+class Execution:
+    """Runs one job. ``run`` may be awaited once; ``stop`` may be called at any time."""
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        node_id: str,
+        launcher: Launcher,
+        capabilities: Capabilities,
+        programs: Programs,
+        settings: Settings,
+        on_progress: Callable[[Execution], None] | None = None,
+    ) -> None:
+        """``node_id`` is what the master calls us, where the job itself does not say it."""
+        self.job = job
+        """The acceptance this run answers for; a job re-issued while it runs replaces it."""
+        self.spec: JobSpec | None = None
+        """None if the job asks for what cannot be."""
+        self.outcome: Outcome | None = None
+        """None until run() is done."""
+        self.facts: JobRun | None = None
+        """What the result was made of; None until run() is done."""
+        self.generation: StepRun | None = None
+        self.progress: Progress | None = None
+
+        self._node_id = job.node_id or node_id
+        self._capabilities = capabilities
+        self._programs = programs
+        self._settings = settings
+        self._on_progress = on_progress
+        self._name = safe_id(job.id)
+        self._workspace: Workspace | None = None
+        self._refused: JobError | None = None
+        self._expected_sec: float | None = None
+        self._progress_logged = 0.0
+        self._main: StepRun | None = None
+        self._media: probe.Media | None = None
+        self._input_bytes: int | None = None
+        self._output_bytes: int | None = None
+        self._command: tuple[str, ...] = ()
+        self.steps = Steps(job, launcher, programs, self._show)
+        try:
+            self.spec = parse_job(
+                job, capabilities, settings.defaults, generate_input=settings.generate_input
+            )
+        except JobError as error:
+            self._refused = error
+
+    # --- for whoever holds the job
+
+    def stop(self, intent: Intent) -> None:
+        """Ask for the end of the job: its unit is stopped, and the result says why."""
+        self.steps.stop(intent)
+
+    def close(self) -> None:
+        """Let go of the job's folder: its result is safe. May be repeated."""
+        if self._workspace is not None:
+            self._workspace.remove()
+
+    def progress_text(self) -> str:
+        """How far the running step is, for people."""
+        step = "transcoding" if self._command else "generating the input"
+        progress = self.progress
+        if progress is None:
+            return f"{step}: starting"
+        text = f"{step}: frame {progress.frame or 0}, {progress.fps or 0:.0f} fps"
+        if progress.speed is not None:
+            text += f", speed {progress.speed:.2f}x"
+        if progress.out_time_sec is not None and self._expected_sec:
+            text += f", {min(100.0, 100 * progress.out_time_sec / self._expected_sec):.0f} %"
+        return text
+
+    async def run(self) -> JobResult:
+        """Do the whole job. Raises nothing, except when its task is cancelled."""
+        begun_at, begun = datetime.now(UTC), time.monotonic()
+        try:
+            outcome = await self._work()
+        except JobError as error:
+            outcome = Outcome.of(error)
+        except SystemdError as error:
+            outcome = Outcome.failed(Reason.PLATFORM_ERROR, str(error))
+        except Exception as error:
+            # A defect of ours costs this job, not the node.
+            logger.exception("job %s: internal error", self.job.id)
+            outcome = Outcome.failed(Reason.PLATFORM_ERROR, f"internal error: {error!r}")
+        finally:
+            await self.steps.clean_up()
+            if self._workspace is not None:
+                self._workspace.clear()
+        seconds = time.monotonic() - begun
+        if outcome.completed:
+            logger.info("job %s: completed in %.1f s", self.job.id, seconds)
+        else:
+            logger.warning("job %s: failed: %s", self.job.id, error_text(outcome))
+        self.outcome = outcome
+        self.facts = self._gathered(begun_at, seconds, outcome)
+        return build_result(self.facts, outcome)
+
+    # --- the way of the job
+
+    async def _work(self) -> Outcome:
+        if self._refused is not None:
+            raise self._refused
+        spec = self.spec
+        assert spec is not None
+        for note in spec.notes:
+            logger.info("job %s: %s", self.job.id, note)
+        given = spec.source.path if isinstance(spec.source, FileInput) else None
+        if given is not None:
+            self._input_bytes = workspace.check_input(given)
+        if spec.output is not None:
+            workspace.check_output(spec.output, given)
+        self._programs.require()
+        self._check_disk(spec)
+        space = self._workspace = Workspace.create(self._settings.work_dir / "jobs", self._name)
+        if isinstance(spec.source, GeneratedInput):
+            await self._generate(space, spec)
+        staged = space.path / f"output{_suffix(spec)}"
+        main = await self._transcode(space, spec, staged)
+        if main.outcome.completed:
+            await self._check(space, spec, staged, main)
+            await self._publish(spec, staged)
+        return main.outcome
+
+    def _check_disk(self, spec: JobSpec) -> None:
+        """Raise JobError unless the job's disk limit fits on every file system it writes to."""
+        need = spec.limits.disk_mb
+        for folder in {self._settings.work_dir, *([spec.output.parent] if spec.output else [])}:
+            found = disk.usage(folder)
+            available = found.available // MIB
+            logger.info(
+                "job %s: Disk space: %.0f%% used (%d MB available) in %s",
+                self.job.id, found.used_ratio * 100, available, folder,
+            )  # fmt: skip
+            if available < need:
+                raise JobError(
+                    Reason.RESOURCE_ERROR,
+                    f"the job may need {need} MB of disk, but only {available} MB are available "
+                    f"in {folder}; free some space or lower max_disk_mb",
+                )
+
+    async def _generate(self, space: Workspace, spec: JobSpec) -> None:
+        """Make the input in a unit of its own, under the node's limits rather than the job's."""
+        assert isinstance(spec.source, GeneratedInput)
+        self._expected_sec = spec.source.duration_sec
+        target = space.path / "input.mp4"
+        limits = self._node_limits(spec.limits)
+        command = ffmpeg.input_command(
+            spec, self._programs.ffmpeg, target, encoders=self._capabilities.encoders
+        )
+        run = await self.steps.generate(space, spec, limits, command)
+        self.generation = run
+        if not run.outcome.completed:
+            assert run.outcome.reason is not None
+            raise JobError(run.outcome.reason, run.outcome.message)
+        self._input_bytes = target.stat().st_size
+        logger.info(
+            "job %s: input generated in %.1f s (%d bytes)",
+            self.job.id, run.wall_seconds, self._input_bytes,
+        )  # fmt: skip
+        if self._settings.persist_inputs:
+            await self._put(target, self._settings.work_dir / f"input_{self._name}.mp4", copy=True)
+
+    async def _transcode(self, space: Workspace, spec: JobSpec, staged: Path) -> StepRun:
+        limits = spec.limits
+        logger.info(
+            "job %s: Resource limits: CPU=%d%%, Memory=%dMB, Disk=%dMB, Timeout=%ds",
+            self.job.id, limits.cpu_percent, limits.memory_mb, limits.disk_mb, limits.timeout_sec,
+        )  # fmt: skip
+        source = ffmpeg.source_name(spec, space.path / "input.mp4")
+        self._command = ffmpeg.transcode_command(spec, self._programs.ffmpeg, source, staged)
+        self.progress, self._expected_sec = None, spec.duration_sec
+        self._main = await self.steps.transcode(space, spec, self._command, str(source), staged)
+        self.progress = self._main.progress or self.progress
+        return self._main
+
+    async def _check(self, space: Workspace, spec: JobSpec, staged: Path, main: StepRun) -> None:
+        """Look at what came out, in a unit: the file was made by a parser of hostile input."""
+        if not staged.is_file():
+            raise JobError(Reason.RUNTIME_ERROR, "ffmpeg ended well but left no output")
+        self._output_bytes = staged.stat().st_size
+        limits = self._node_limits(spec.limits)
+        command = ffmpeg.probe_command(self._programs.ffprobe, staged)
+        text = await self.steps.probe(space, spec, limits, command)
+        self._media = probe.parse_probe(text)
+        expected = probe.expected_seconds(spec, main.log)
+        encoded = main.progress.out_time_sec if main.progress else None
+        probe.check_output(self._media, spec, expected, main.log, encoded_sec=encoded)
+
+    async def _publish(self, spec: JobSpec, staged: Path) -> None:
+        if spec.output is not None:
+            await self._put(staged, spec.output)
+        elif self._settings.persist_outputs:
+            name = f"job_{self._name}_output{_suffix(spec)}"
+            await self._put(staged, self._settings.work_dir / name)
+
+    async def _put(self, staged: Path, target: Path, *, copy: bool = False) -> None:
+        """Publish a file without holding up the others: it may be large, and the disk slow."""
+        await asyncio.to_thread(functools.partial(workspace.publish, staged, target, copy=copy))
+        logger.info("job %s: wrote %s", self.job.id, target)
+
+    # --- what is told
+
+    def _show(self, text: str) -> None:
+        """A running step's standard output grew; called once a second."""
+        progress = parse_progress(text)
+        if progress is None:
+            return
+        self.progress = progress
+        now = time.monotonic()
+        if now - self._progress_logged >= PROGRESS_LOG_SECONDS:
+            if self._progress_logged:
+                logger.info("job %s: %s", self.job.id, self.progress_text())
+            self._progress_logged = now
+        if self._on_progress is not None:
+            self._on_progress(self)
+
+    def _gathered(self, begun_at: datetime, seconds: float, outcome: Outcome) -> JobRun:
+        main, generation = self._main, self.generation
+        usage = main.usage if main else None
+        if usage is not None and outcome.completed:
+            # Short jobs end between two samples; but what was read and written is known.
+            usage = usage.merged(
+                Usage(io_read_bytes=self._input_bytes, io_write_bytes=self._output_bytes)
+            )
+        step = main or generation
+        return JobRun(
+            job=self.job,
+            node_id=self._node_id,
+            node_name=self._settings.node_name,
+            started_at=begun_at,
+            ended_at=datetime.now(UTC),
+            total_sec=seconds,
+            spec=self.spec,
+            unit=main.unit if main else "",
+            transcode_sec=main.wall_seconds if main else None,
+            usage=usage,
+            progress=main.progress if main else None,
+            media=self._media,
+            input_bytes=self._input_bytes,
+            output_bytes=self._output_bytes,
+            generation_sec=generation.wall_seconds if generation else None,
+            input_encoder=(
+                ffmpeg.input_encoder(self._capabilities.encoders) if generation else None
+            ),
+            command=self._command,
+            log_tail=step.log_text if step else "",
+            **({"log": main.log} if main else {}),
+        )
+
+    def _node_limits(self, limits: Limits) -> Limits:
+        """The node's defaults, within what the machine has."""
+        defaults = self._settings.defaults
+        return Limits(
+            cpu_percent=min(defaults.cpu_percent, 100 * self._capabilities.cpus),
+            memory_mb=min(defaults.memory_mb, self._capabilities.memory_mb),
+            disk_mb=max(defaults.disk_mb, limits.disk_mb),
+            timeout_sec=defaults.timeout_sec,
+            cpu_weight=limits.cpu_weight,
+        )
+
+
+def _suffix(spec: JobSpec) -> str:
+    return spec.output.suffix if spec.output else ".mp4"

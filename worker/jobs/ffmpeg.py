@@ -1,0 +1,172 @@
+"""The command lines: what is asked of ffmpeg and ffprobe. No shell is ever involved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from worker.jobs.containers import audio_options
+from worker.jobs.encoders import preset_options
+from worker.jobs.places import FILE_PROTOCOLS, PROTOCOLS
+from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, UrlInput
+
+_GLOBAL = (
+    "-hide_banner",
+    "-nostdin",
+    "-nostats",
+    *("-loglevel", "level+info"),
+    "-benchmark",  # CPU time and peak memory in the log, exact even for the shortest job
+    *("-progress", "pipe:1"),
+    "-y",
+)
+_INPUT_ENCODERS = ("libx264", "libopenh264", "mpeg4")
+_INPUT_BITS_PER_PIXEL = 0.1  # 4K at 60 frames/s: 50 Mbit/s; unbounded noise would be ten times that
+_PROBE_ENTRIES = (
+    "format=format_name,duration,size,bit_rate"
+    ":stream=codec_type,codec_name,width,height,avg_frame_rate,r_frame_rate,nb_frames,duration"
+    ":frame=media_type"
+)
+
+
+def input_encoder(encoders: frozenset[str]) -> str:
+    """What a generated input is encoded with: the first that the build has and mp4 can hold."""
+    return next((name for name in _INPUT_ENCODERS if name in encoders), "mpeg4")
+
+
+def input_command(
+    spec: JobSpec,
+    ffmpeg: Path | str,
+    destination: Path,
+    *,
+    encoders: frozenset[str] = frozenset({"libx264"}),
+    threads: int | None = None,
+) -> tuple[str, ...]:
+    """Make the test video that ``spec.source`` (a GeneratedInput) describes, as mp4."""
+    source = spec.source
+    if not isinstance(source, GeneratedInput):
+        raise ValueError(f"the input of job {spec.id} is given, not generated")
+    encoder = input_encoder(encoders)
+    rate = _decimal(source.frame_rate)
+    graph = (
+        f"testsrc2=size={source.width}x{source.height}:rate={rate}"
+        f":duration={_decimal(source.duration_sec)},noise=alls=10:allf=t+u"
+    )
+    pixels = source.width * source.height * source.frame_rate
+    return (
+        str(ffmpeg),
+        *_GLOBAL,
+        *("-f", "lavfi", "-i", graph),
+        *("-c:v", encoder),
+        *("-b:v", str(max(100_000, round(pixels * _INPUT_BITS_PER_PIXEL)))),
+        *(("-preset", "ultrafast") if encoder == "libx264" else ()),
+        *("-threads", str(threads or spec.threads)),
+        *("-pix_fmt", "yuv420p"),
+        *("-f", "mp4", _file(destination)),
+    )
+
+
+def transcode_command(
+    spec: JobSpec, ffmpeg: Path | str, source: Path | str, output: Path
+) -> tuple[str, ...]:
+    """Transcode ``source`` (a path, or the URL of a UrlInput) into ``output``.
+
+    Streams are those that ffmpeg selects by itself: the largest video and the best audio, which
+    is what a client means by "the input" where a file holds several. Subtitles and data are left
+    out: whether they fit depends on the container, and one that does not would fail the job.
+    """
+    return (
+        str(ffmpeg),
+        *_GLOBAL,
+        *_hardware(spec),
+        *_input(spec, source),
+        *(("-t", _decimal(spec.duration_sec)) if spec.duration_sec is not None else ()),
+        *("-sn", "-dn"),
+        *("-c:v", spec.encoder),
+        *("-b:v", str(spec.bitrate_bps)),
+        *preset_options(spec.encoder, spec.preset),
+        *(("-tune", spec.tune) if spec.tune is not None else ()),
+        *(("-row-mt", "1") if spec.encoder in ("libvpx-vp9", "libaom-av1") else ()),
+        *("-threads", str(spec.threads)),
+        *_filters(spec),
+        *(("-r", _decimal(spec.frame_rate)) if spec.frame_rate is not None else ()),
+        *audio_options(spec.muxer),
+        *("-f", spec.muxer, _file(output)),
+    )
+
+
+def probe_command(ffprobe: Path | str, path: Path) -> tuple[str, ...]:
+    """Container, video stream and one decoded frame of ``path``, as JSON.
+
+    Reads one packet, so it is quick however long the file. The frame shows that the stream can
+    be decoded; a header alone would not.
+    """
+    return (
+        str(ffprobe),
+        "-hide_banner",
+        *("-loglevel", "level+error"),
+        *("-protocol_whitelist", "file"),
+        *("-select_streams", "v:0"),
+        *("-read_intervals", "%+#1"),
+        *("-show_entries", _PROBE_ENTRIES),
+        *("-of", "json"),
+        *("-i", _file(path)),
+    )
+
+
+def report_environment(log: Path) -> dict[str, str]:
+    """The environment that makes ffmpeg write its log, at level info, to ``log``.
+
+    FFREPORT is a list of key=value, where ``:`` ends a value, a backslash or a quote protects,
+    and in the file name ``%`` starts a placeholder (ffmpeg(1), -report).
+    """
+    name = str(log).replace("%", "%%")
+    for special in ("\\", ":", "'", " "):
+        name = name.replace(special, "\\" + special)
+    return {"FFREPORT": f"file={name}:level=32"}
+
+
+def _hardware(spec: JobSpec) -> tuple[str, ...]:
+    device: tuple[str, ...] = ()
+    if spec.encoder.endswith("_vaapi"):
+        # The first device that works; named, so that the upload filter uses it too.
+        device = ("-init_hw_device", "vaapi=gpu", "-filter_hw_device", "gpu")
+    return device + (("-hwaccel", spec.hwaccel) if spec.hwaccel is not None else ())
+
+
+def _input(spec: JobSpec, source: Path | str) -> tuple[str, ...]:
+    threads = ("-threads", str(spec.threads))  # of the decoder: it would take all CPUs of the host
+    if isinstance(spec.source, UrlInput):
+        protocols = PROTOCOLS[spec.source.scheme]
+        return (*threads, "-protocol_whitelist", protocols, "-i", str(source))
+    loop: tuple[str, ...] = ()
+    if isinstance(spec.source, GeneratedInput) and spec.duration_sec is not None:
+        loop = ("-stream_loop", "-1") if spec.duration_sec > spec.source.duration_sec else ()
+    return (*threads, "-protocol_whitelist", FILE_PROTOCOLS, *loop, "-i", _file(Path(source)))
+
+
+def _filters(spec: JobSpec) -> tuple[str, ...]:
+    filters: list[str] = []
+    if spec.scale is not None:
+        filters.append("scale={}:{}:flags=bicubic".format(*spec.scale))
+        filters.append("setsar=1")  # the size that was asked for is the size that is shown
+    if spec.encoder.endswith("_vaapi"):
+        filters += ["format=nv12", "hwupload"]
+    return ("-vf", ",".join(filters)) if filters else ()
+
+
+def _file(path: Path) -> str:
+    """Taken literally: without the prefix, a colon could make a protocol of it."""
+    if not path.is_absolute():
+        raise ValueError(f"{path} is not absolute")
+    return f"file:{path}"
+
+
+def _decimal(value: float) -> str:
+    """Without exponent or needless zeros: 30, 29.97, 0.5."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
+def source_name(spec: JobSpec, generated: Path) -> Path | str:
+    """What ``transcode_command`` reads: the given file or URL, else the generated file."""
+    if isinstance(spec.source, FileInput):
+        return spec.source.path
+    return spec.source.url if isinstance(spec.source, UrlInput) else generated

@@ -1,0 +1,57 @@
+"""What became of a job or of one of its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from worker.errors import JobError, Reason
+from worker.jobs.text import escaped, redact, shortened, without_requeue_words
+
+_OWN_FAULT = frozenset({Reason.USER_ERROR, Reason.INPUT_ERROR, Reason.CAPABILITY_MISMATCH})
+_ERROR_LIMIT = 1000
+
+
+class Intent(StrEnum):
+    """What we ourselves had in mind with the unit when it ended.
+
+    systemd's Result cannot tell it: a unit stopped by us may read success or exit-code.
+    """
+
+    NONE = "none"
+    CANCELLED = "cancelled"
+    SHUTDOWN = "shutdown"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The verdict. ``reason`` is None if and only if ``completed``."""
+
+    completed: bool
+    reason: Reason | None = None
+    message: str = ""
+    """A sentence that a person can act on, with ffmpeg's own last error line."""
+
+    @classmethod
+    def failed(cls, reason: Reason, message: str) -> Outcome:
+        return cls(False, reason, message)
+
+    @classmethod
+    def of(cls, error: JobError) -> Outcome:
+        return cls(False, error.reason, error.message)
+
+
+COMPLETED = Outcome(True)
+
+
+def error_text(outcome: Outcome) -> str | None:
+    """The result's ``error``: the reason, then the sentence; None for a completed job.
+
+    A master runs a failed job again when certain words stand in its error. They are broken up
+    where the job itself is to blame, so that it is not run in vain.
+    """
+    if outcome.completed:
+        return None
+    reason = outcome.reason or Reason.PLATFORM_ERROR
+    text = shortened(f"{reason.value}: {escaped(redact(outcome.message))}", _ERROR_LIMIT)
+    return without_requeue_words(text) if reason in _OWN_FAULT else text

@@ -1,0 +1,112 @@
+"""Texts that leave this program: bounded, free of control characters and of secrets."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
+# Up to the next blank, for a password or a key may hold anything else; marks that end a phrase
+# are not taken for a part of the URL.
+_URL = re.compile(r"\b[a-zA-Z][a-zA-Z0-9+.-]*://\S+?(?=['\"),;:]*(?:\s|$))")
+_REQUEUE = re.compile(
+    r"connection refused|timeout|temporary failure|network error|no such host|broken pipe"
+    r"|connection reset|node unavailable|worker died|stale",
+    re.IGNORECASE,
+)
+_STREAM_SCHEMES = frozenset({"rtmp", "rtmps", "rtmpt", "rtmpts", "rtmpe", "rtmpte"})
+
+
+def escaped(text: str) -> str:
+    """``text`` with control characters, bidi marks and lone surrogates as ``\\x..`` escapes."""
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most ``limit`` characters, with ``…`` where something was cut."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def label(text: str, limit: int = 200) -> str:
+    """A name as sent by somebody else, safe to print."""
+    return shortened(escaped(text[:limit]) + ("…" if len(text) > limit else ""), limit)
+
+
+def plain(line: str, limit: int = 300) -> str:
+    """One line of a program's output: terminal escapes dropped, the rest made printable."""
+    return shortened(escaped(_ESCAPE_SEQUENCE.sub("", line[: 4 * limit]).strip()), limit)
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """``value`` for an error sentence. Never raises, never long, never a secret of a URL."""
+    if isinstance(value, str):
+        text = redact(value) if "://" in value else value
+        return shortened(repr(escaped(shortened(text, limit))), limit + 4)
+    if value is None or isinstance(value, bool | float):
+        return repr(value)
+    if isinstance(value, int):
+        # repr() of an int of more than 4300 digits raises ValueError.
+        return repr(value) if abs(value) < 10**limit else f"a number of {value.bit_length()} bits"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object of {len(value)} fields"
+    return f"a {type(value).__name__}"
+
+
+def redact(text: str) -> str:
+    """``text`` with what is secret in URLs replaced by ``***``.
+
+    That is: user and password, the query (tokens, SRT passphrases), the fragment, and the last
+    element of an RTMP path, which is the stream key.
+    """
+    return _URL.sub(lambda m: _redact_url(m[0]), text)
+
+
+def _redact_url(url: str) -> str:
+    # By hand rather than with urlsplit alone: what is no valid URL must be redacted as well.
+    scheme, _, rest = url.partition("://")
+    rest, has_fragment, _ = rest.partition("#")
+    rest, has_query, query = rest.partition("?")
+    authority, slash, path = rest.partition("/")
+    if "@" in path and "@" not in authority:
+        # A password may hold a slash: everything up to the last @ is taken for credentials.
+        authority, path = "***@" + path.rpartition("@")[2].partition("/")[0], ""
+    elif "@" in authority:
+        authority = "***@" + authority.rpartition("@")[2]
+    if scheme.lower() in _STREAM_SCHEMES and path:
+        app, _, _key = path.rstrip("/").rpartition("/")
+        # "rtmp://host/app" alone has no key; one element is then still no secret.
+        path = f"{app}/***" if app else path
+    tail = ("?***" if has_query and query else "") + ("#***" if has_fragment else "")
+    return f"{scheme}://{authority}{slash}{path}{tail}"
+
+
+def without_requeue_words(text: str) -> str:
+    """``text`` in which none of the words stands on which a master runs a failed job again.
+
+    A job that fails by its own fault fails again, whatever ffmpeg or a file name said about it.
+    """
+    return _REQUEUE.sub(_hyphened, text)
+
+
+def _hyphened(match: re.Match[str]) -> str:
+    words = match[0]
+    if " " in words:
+        return words.replace(" ", "-")
+    cut = 4 if words.lower() == "timeout" else 3
+    return f"{words[:cut]}-{words[cut:]}"
+
+
+def is_url(text: str) -> bool:
+    """Whether ``text`` has the form of a URL, be it valid or not."""
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", text) is not None
+
+
+def url_scheme(url: str) -> str:
+    """The scheme in small letters; empty where there is none or the URL cannot be read."""
+    try:
+        return urlsplit(url).scheme.lower()
+    except ValueError:
+        return ""
