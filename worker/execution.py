@@ -139,6 +139,8 @@ class Execution:
     # --- the way of the job
 
     async def _work(self) -> Outcome:
+        # First: a node without ffmpeg has no encoders, and every job would ask for too much.
+        self._programs.require()
         if self._refused is not None:
             raise self._refused
         spec = self.spec
@@ -150,7 +152,6 @@ class Execution:
             self._input_bytes = workspace.check_input(given)
         if spec.output is not None:
             workspace.check_output(spec.output, given)
-        self._programs.require()
         self._check_disk(spec)
         space = self._workspace = Workspace.create(self._settings.work_dir / "jobs", self._name)
         if isinstance(spec.source, GeneratedInput):

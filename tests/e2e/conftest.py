@@ -137,26 +137,16 @@ def master() -> Iterator[FakeMaster]:
         yield master
 
 
-@pytest.fixture
-def media(tmp_path: Path) -> Callable[..., Path]:
-    """Makes small videos: ``media("in.mp4", seconds=2, size="160x120", rate=10)``."""
+@pytest.fixture(scope="module")
+def make_media(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes small videos: ``make_media("in.mp4", seconds=2, size="160x120", rate=10)``."""
+    folder = tmp_path_factory.mktemp("media")
 
     def make(name: str, *, seconds: float = 2, size: str = "160x120", rate: int = 10) -> Path:
-        path = tmp_path / name
+        path = folder / name
         source = f"testsrc2=size={size}:rate={rate}:duration={seconds}"
-        sh(
-            "ffmpeg",
-            "-v",
-            "error",
-            "-y",
-            "-f",
-            "lavfi",
-            "-i",
-            source,
-            "-pix_fmt",
-            "yuv420p",
-            str(path),
-        )
+        command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source]
+        sh(*command, "-preset", "ultrafast", "-pix_fmt", "yuv420p", str(path))
         return path
 
     return make

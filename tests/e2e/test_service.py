@@ -16,11 +16,6 @@ import pytest
 from tests.e2e.conftest import PROGRAM, WORK_DIR, Worker, job_units, parameters, sh
 from tests.fakes.master import FakeMaster
 
-LONG = {
-    "scenario": "1280x720p60-h265",
-    "parameters": {"duration": 60, "preset": "slow", "input": "/set/by/the/test.mp4"},
-}
-
 
 def until(what: Callable[[], Any], timeout: float = 20, name: str = "") -> Any:
     """What ``what()`` returns, once it is true: for states that nothing announces to a test."""
@@ -31,10 +26,10 @@ def until(what: Callable[[], Any], timeout: float = 20, name: str = "") -> Any:
     return value
 
 
-@pytest.fixture
-def long_job(media: Callable[..., Path]) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def long_job(make_media: Callable[..., Path]) -> dict[str, Any]:
     """A job that runs for minutes if nobody stops it."""
-    source = media("long.mp4", seconds=60, size="640x360", rate=30)
+    source = make_media("long.mp4", seconds=60, size="640x360", rate=30)
     return {
         "scenario": "whatever",
         "parameters": {

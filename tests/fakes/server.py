@@ -116,7 +116,7 @@ def _shake_hands(connection: ssl.SSLSocket) -> None:
         raise
 
 
-class _HangUp(Exception):  # noqa: N818
+class _HangUp(Exception):
     """Leave the connection without an answer."""
 
 

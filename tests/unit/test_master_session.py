@@ -20,7 +20,7 @@ REGISTRATION = NodeRegistration(
 )
 
 
-class Enough(Exception):  # noqa: N818
+class Enough(Exception):
     """Ends a loop that does not end by itself."""
 
 

@@ -30,7 +30,7 @@ _NETWORK = re.compile(
     r"|Failed to resolve hostname|Name or service not known|Network is unreachable"
     r"|No route to host|Host is unreachable|Server returned [45]\w\w|HTTP error [45]"
     r"|Broken pipe|Cannot open connection|Temporary failure in name resolution"
-    r"|TLS|certificate|handshake|Stream ends prematurely",
+    r"|TLS|certificate|handshake|Stream ends prematurely|Input/output error",
     re.IGNORECASE,
 )
 _INPUT = re.compile(
@@ -61,33 +61,34 @@ def input_is_damaged(log: LogFacts) -> bool:
     return any(_DAMAGED.search(line) for line in log.errors)
 
 
-def write_failed(log: LogFacts) -> bool:
-    """Whether the output could not be written. ffmpeg can exit with 0 all the same: the
-    trailer and the last buffered bytes are written when it has made up its mind."""
-    return any(_WRITE_FAILED.search(line) for line in log.errors)
+def lines_without_names(log: LogFacts, source: str | None, output: str | None) -> list[str]:
+    """The error lines with INPUT and OUTPUT for the names on the command line.
 
-
-def classify(
-    log: LogFacts, *, source: str | None = None, output: str | None = None, is_url: bool = False
-) -> Reason:
-    """The reason of ffmpeg's own failure.
-
-    ``source`` and ``output`` are the names on the command line. They are taken out of the lines
-    before anything is looked for, so that a file's name cannot choose the reason.
+    A file's name must not be able to choose the reason of a failure.
     """
     lines = [_without(line, source, "INPUT") for line in log.errors]
-    lines = [_without(line, output, "OUTPUT") for line in lines]
+    return [_without(line, output, "OUTPUT") for line in lines]
+
+
+def write_failed(lines: list[str]) -> bool:
+    """Whether the output could not be written. ffmpeg can exit with 0 all the same: the
+    trailer and the last buffered bytes are written when it has made up its mind."""
+    return any(_WRITE_FAILED.search(line) for line in lines)
+
+
+def classify(lines: list[str], *, is_url: bool = False) -> Reason:
+    """The reason of ffmpeg's own failure, from ``lines_without_names``."""
 
     def found(pattern: re.Pattern[str]) -> bool:
         return any(pattern.search(line) for line in lines)
 
-    if found(_WRITE_FAILED) or found(_MEMORY):
+    if write_failed(lines) or found(_MEMORY):
         return Reason.RESOURCE_ERROR
     if found(_CAPABILITY):
         return Reason.CAPABILITY_MISMATCH
     if any("OUTPUT" in line and _OUTPUT.search(line) for line in lines):
         return Reason.PLATFORM_ERROR
-    if is_url and (found(_NETWORK) or found(re.compile(r"Input/output error"))):
+    if is_url and found(_NETWORK):
         return Reason.NETWORK_ERROR
     if found(_USER):
         return Reason.USER_ERROR
@@ -99,4 +100,6 @@ def classify(
 def _without(line: str, name: str | None, word: str) -> str:
     if not name:
         return line
-    return line.replace(f"file:{name}", word).replace(name, word)
+    line = line.replace(f"file:{name}", word).replace(name, word)
+    # Of a long name only the beginning may be left, since lines are shortened.
+    return line.partition(name[:80])[0] + word if name[:80] in line else line

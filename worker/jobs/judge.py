@@ -6,7 +6,7 @@ import signal
 from typing import Protocol
 
 from worker.errors import Reason
-from worker.jobs.failures import classify, write_failed
+from worker.jobs.failures import classify, lines_without_names, write_failed
 from worker.jobs.outcome import COMPLETED, Intent, Outcome
 from worker.jobs.progress import LogFacts
 from worker.jobs.spec import Limits
@@ -30,6 +30,8 @@ class StateLike(Protocol):
     def exec_main_status(self) -> int: ...
     @property
     def vanished(self) -> bool: ...
+    @property
+    def wall_seconds(self) -> float | None: ...
 
 
 class UsageLike(Protocol):
@@ -164,7 +166,7 @@ class _Judge:
     ) -> None:
         self.state, self.usage, self.intent = state, usage, intent
         self.log, self.limits, self.program = log, limits, program
-        self.source, self.output, self.is_url = source, output, is_url
+        self.lines, self.is_url = lines_without_names(log, source, output), is_url
         self.executed = executed
 
     def verdict(self) -> Outcome:
@@ -183,12 +185,14 @@ class _Judge:
                 f"systemd lost the unit of {self.program} before its end was seen "
                 "(was it reset, or systemd restarted?)",
             )
-        if state.result == "timeout":
+        if state.result == "timeout" and not self._time_was_left():
             return Outcome.failed(
                 Reason.TIMEOUT,
                 f"time limit of {self.limits.timeout_sec} s exceeded, {self.program} was stopped; "
                 "raise timeout_sec or ask for less",
             )
+        if state.result == "timeout":
+            return self._stopped(signal.SIGTERM)
         if self._out_of_memory():
             return self._memory()
         if code in (CLD_KILLED, CLD_DUMPED):
@@ -203,8 +207,13 @@ class _Judge:
             "process of it is known",
         )
 
+    def _time_was_left(self) -> bool:
+        """It did not end in time when it was told to: "timeout" is systemd's word for that, too."""
+        wall = self.state.wall_seconds
+        return wall is not None and wall < self.limits.timeout_sec
+
     def _clean_exit(self) -> Outcome:
-        if write_failed(self.log):
+        if write_failed(self.lines):
             return Outcome.failed(Reason.RESOURCE_ERROR, self._disk_sentence())
         return COMPLETED
 
@@ -242,7 +251,7 @@ class _Judge:
         )
 
     def _disk_sentence(self) -> str:
-        if any("No space left" in line for line in self.log.errors):
+        if any("No space left" in line for line in self.lines):
             return "the output could not be written: no space is left on the disk"
         return (
             f"disk limit of {self.limits.disk_mb} MB exceeded by the output; raise max_disk_mb "
@@ -255,11 +264,7 @@ class _Judge:
         except ValueError:
             name = "unknown"
         if number == signal.SIGXFSZ:
-            return Outcome.failed(
-                Reason.RESOURCE_ERROR,
-                f"disk limit of {self.limits.disk_mb} MB exceeded by the output; raise "
-                "max_disk_mb or ask for a lower bitrate or duration",
-            )
+            return Outcome.failed(Reason.RESOURCE_ERROR, self._disk_sentence())
         if number == signal.SIGKILL:
             return Outcome.failed(
                 Reason.PLATFORM_ERROR,
@@ -292,8 +297,8 @@ class _Judge:
         if self.log.stopped_by_signal in _STOP_SIGNALS:
             # ffmpeg catches the signal, closes its files and exits with 255.
             return self._stopped(self.log.stopped_by_signal)
-        reason = classify(self.log, source=self.source, output=self.output, is_url=self.is_url)
-        if write_failed(self.log):
+        reason = classify(self.lines, is_url=self.is_url)
+        if write_failed(self.lines):
             return Outcome.failed(Reason.RESOURCE_ERROR, self._disk_sentence())
         if reason is Reason.RUNTIME_ERROR and (self.usage.task_limit_hits or 0) > 0:
             return Outcome.failed(

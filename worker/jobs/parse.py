@@ -116,6 +116,8 @@ class Labels:
     queue: Queue
     priority: Priority
     classification: str
+    duration_sec: float | None
+    """What the job asks for, None if it does not or that makes no sense."""
 
 
 def parse_labels(job: Job) -> Labels:
@@ -126,7 +128,15 @@ def parse_labels(job: Job) -> Labels:
         queue=_member(Queue, job.queue, Queue.DEFAULT),
         priority=_member(Priority, job.priority, Priority.MEDIUM),
         classification=_classification(job, parameters),
+        duration_sec=_asked_seconds(parameters),
     )
+
+
+def _asked_seconds(parameters: _Parameters) -> float | None:
+    _, value = _first(parameters, "duration", "duration_seconds")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 < value <= MAX_DURATION_SEC else None
 
 
 def _member(kind: type[_Rank], value: object, default: _Rank) -> _Rank:

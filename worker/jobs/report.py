@@ -163,7 +163,7 @@ def verdict_of(run: JobRun, outcome: Outcome) -> Sla:
     return sla(
         classification=labels.classification,
         scenario=labels.scenario,
-        duration_sec=run.spec.duration_sec if run.spec else None,
+        duration_sec=labels.duration_sec,
         queue=labels.queue.value,
         priority=labels.priority.value,
         outcome=outcome,

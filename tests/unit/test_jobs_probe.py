@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.errors import JobError, Reason
+from worker.jobs.capabilities import TYPICAL
+from worker.jobs.parse import parse_job
+from worker.jobs.probe import Media, check_output, expected_seconds, parse_probe
+from worker.jobs.progress import LogFacts
+from worker.jobs.spec import FileInput, JobSpec, Limits
+from worker.master.wire import Job
+
+GENERATED = parse_job(Job(id="j"), TYPICAL, Limits(200, 2048, 5000, 3600), generate_input=True)
+SPEC = replace(GENERATED, source=FileInput(Path("/in.mp4")))
+GOOD = Media("mp4", 10.0, 1000, 800, "h264", 640, 360, 30.0, 300, True)
+DAMAGED = LogFacts(errors=("[matroska,webm] File ended prematurely",))
+ANSWER: dict[str, Any] = {
+    "frames": [{"media_type": "video"}],
+    "programs": [],
+    "streams": [
+        {
+            "codec_name": "h264",
+            "codec_type": "video",
+            "width": 640,
+            "height": 360,
+            "r_frame_rate": "30/1",
+            "avg_frame_rate": "30000/1001",
+            "nb_frames": "300",
+        }
+    ],
+    "format": {"format_name": "mp4", "duration": "10.0", "size": "1000", "bit_rate": "800"},
+}
+
+
+def test_an_answer() -> None:
+    media = parse_probe(json.dumps(ANSWER))
+    assert media == replace(GOOD, frame_rate=30000 / 1001)
+
+
+def test_an_answer_with_gaps() -> None:
+    text = json.dumps({"streams": [{"codec_type": "video", "avg_frame_rate": "0/0"}]})
+    assert parse_probe(text) == Media(codec="unknown")
+    assert parse_probe("{}") == Media()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000, "\x00"])
+def test_no_answer(text: str) -> None:
+    with pytest.raises(JobError) as caught:
+        parse_probe(text)
+    assert caught.value.reason is Reason.RUNTIME_ERROR
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from([*sorted(ANSWER), "size"]), inner)
+    ),
+)
+
+
+@given(anything)
+def test_any_answer_can_be_read(answer: object) -> None:
+    if isinstance(answer, dict):
+        parse_probe(json.dumps(answer))
+    else:
+        parse_probe(json.dumps({"format": answer, "streams": [answer], "frames": answer}))
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked", "has", "expected"),
+    [
+        (SPEC, None, None, None),
+        (SPEC, None, 60.0, 60.0),
+        (SPEC, 10.0, 60.0, 10.0),
+        (SPEC, 90.0, 60.0, 60.0),
+        (SPEC, 90.0, None, 90.0),
+        (GENERATED, None, 9.9, 10.0),
+        (GENERATED, 300.0, 120.0, 300.0),
+    ],
+)
+def test_how_long_the_output_should_be(
+    spec: JobSpec, asked: float | None, has: float | None, expected: float | None
+) -> None:
+    spec = replace(spec, duration_sec=asked)
+    assert expected_seconds(spec, LogFacts(input_duration_sec=has)) == expected
+
+
+@pytest.mark.parametrize("expected", [None, 10.0, 10.4, 11.1, 5.0])
+def test_long_enough(expected: float | None) -> None:
+    check_output(GOOD, SPEC, expected, LogFacts())
+
+
+@pytest.mark.parametrize(
+    ("media", "expected", "log", "reason"),
+    [
+        (GOOD, 60.0, LogFacts(), Reason.RUNTIME_ERROR),
+        (GOOD, 60.0, DAMAGED, Reason.INPUT_ERROR),
+        (replace(GOOD, duration_sec=0.1), 0.5, LogFacts(), Reason.RUNTIME_ERROR),
+        (replace(GOOD, decodes=False), None, LogFacts(), Reason.RUNTIME_ERROR),
+        (replace(GOOD, decodes=False), None, DAMAGED, Reason.INPUT_ERROR),
+        (Media(duration_sec=10.0), 10.0, LogFacts(), Reason.RUNTIME_ERROR),
+        (Media(duration_sec=10.0), 10.0, LogFacts(input_has_video=False), Reason.INPUT_ERROR),
+    ],
+)
+def test_what_is_not_what_was_asked(
+    media: Media, expected: float | None, log: LogFacts, reason: Reason
+) -> None:
+    with pytest.raises(JobError) as caught:
+        check_output(media, SPEC, expected, log)
+    assert caught.value.reason is reason
+
+
+def test_a_raw_stream_is_measured_by_what_ffmpeg_said() -> None:
+    raw = replace(GOOD, duration_sec=None)
+    spec = replace(SPEC, muxer="h264", duration_sec=60.0)
+    check_output(raw, spec, 60.0, LogFacts(), encoded_sec=59.9)
+    with pytest.raises(JobError, match=r"20\.00 s of the 60\.00 s"):
+        check_output(raw, spec, 60.0, LogFacts(), encoded_sec=20.0)
+
+
+def test_a_container_without_audio_may_be_shorter_than_the_inputs_audio() -> None:
+    check_output(GOOD, replace(SPEC, muxer="ivf"), 60.0, LogFacts())
+    with pytest.raises(JobError):
+        check_output(GOOD, replace(SPEC, muxer="ivf"), 60.0, DAMAGED)
