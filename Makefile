@@ -6,7 +6,7 @@
 # make clean   remove what the others made
 
 PY := $(CURDIR)/.venv/bin/python
-PIP := $(PY) -m pip --quiet --disable-pip-version-check --no-input
+PIP := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
 export PIP_ROOT_USER_ACTION := ignore
 

@@ -48,6 +48,7 @@ SHOWPIECES = (
             "parameters": {
                 "duration": 20,
                 "bitrate": "2M",
+                "preset": "medium",
                 "resource_limits": {"max_cpu_percent": 50, "timeout_sec": 300},
             },
         },
@@ -168,6 +169,7 @@ class Demo:
         headline("Starting ffmpeg-worker.service; it registers with the demo master over TLS")
         sh("systemctl", "start", "ffmpeg-worker.service")
         node = master.wait_for(lambda: next(iter(master.store.nodes.values()), None), 60, "a node")
+        time.sleep(1.5)  # the status line is up to date within a second
         show("systemctl", "status", "--no-pager", "--lines=0", "ffmpeg-worker.service")
         print(f"\nThe master's record of it: {describe(node)}\n")
 
@@ -258,7 +260,18 @@ def cgtop() -> None:
         "systemd-cgtop", "--batch", "--iterations=2", "--delay=2", "--depth=4", "ffmpeg.slice"
     )
     pictures = [part for part in text.split("\n\n") if part.strip()]
-    print(pictures[-1] if pictures else text)
+    rows = [line.split() for line in pictures[-1].splitlines()] if pictures else []
+    if not rows:
+        print(text)
+        return
+    width = max(len(row[0]) for row in rows)
+    for group, *figures in [
+        ["Control Group", "Tasks", "%CPU", "Memory", "Input/s", "Output/s"],
+        *rows,
+    ]:
+        print(f"{group:{width}}", *(f"{value:>8}" for value in figures))
+    if all(row[2] == "-" for row in rows):
+        print("(No %CPU: this kernel has cpu and cpuacct apart, where cgtop finds no figures.)")
 
 
 def figure(value: float | None, unit: float, suffix: str, digits: int = 2) -> str:

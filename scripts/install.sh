@@ -82,7 +82,7 @@ build_release() {
     version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$SRC/worker/__init__.py")
     what=(--no-index --find-links "$wheels" "ffmpeg-worker==$version")
   fi
-  PIP_ROOT_USER_ACTION=ignore "$release/bin/python" -m pip install --quiet --no-input \
+  PIP_ROOT_USER_ACTION=ignore "$release/bin/python" -m pip install --quiet --quiet --no-input \
     --disable-pip-version-check "${what[@]}" ||
     die "pip failed, see above; nothing was changed. Without network use --wheels DIR (make wheels)."
   "$release/bin/ffmpeg-worker" --version >/dev/null ||

@@ -82,7 +82,7 @@ if ! .venv/bin/python -c 'import dbus, gi' >/dev/null 2>&1 || ! .venv/bin/python
   "$PYTHON" -m venv --clear --system-site-packages .venv
 fi
 echo "setup: installing the project into .venv"
-if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[test]'; then
+if ! .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[test]'; then
   echo "setup: pip failed, see above. It needs a package index it can reach (PIP_INDEX_URL, PIP_FIND_LINKS)." >&2
   exit 1
 fi

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 BUS_PATIENCE_SEC = 30.0
 DISK_WARN_RATIO = 0.90
 DISK_FULL_RATIO = 0.95
-STATUS_SECONDS = 5.0
+STATUS_SECONDS = 1.0
 
 
 class Agent:
@@ -87,7 +87,8 @@ class Agent:
         if self._session is None:
             reasons.append("the worker is starting")
         elif not self._session.registered:
-            reasons.append(f"not registered with the master: {self._session.last_error}")
+            trouble = self._session.last_error
+            reasons.append(f"not registered: {trouble}" if trouble else "registering")
         if full := self._disk_full():
             reasons.append(full)
         return reasons

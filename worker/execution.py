@@ -35,6 +35,7 @@ from worker.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 PROGRESS_LOG_SECONDS = 10.0
+FIRST_PROGRESS_SECONDS = 2.0
 
 
 class Execution:
@@ -72,7 +73,7 @@ class Execution:
         self._workspace: Workspace | None = None
         self._refused: JobError | None = None
         self._expected_sec: float | None = None
-        self._progress_logged = 0.0
+        self._next_progress_log = 0.0
         self._main: StepRun | None = None
         self._media: probe.Media | None = None
         self._input_bytes: int | None = None
@@ -184,6 +185,7 @@ class Execution:
         """Make the input in a unit of its own, under the node's limits rather than the job's."""
         assert isinstance(spec.source, GeneratedInput)
         self._expected_sec = spec.source.duration_sec
+        self._next_progress_log = time.monotonic() + FIRST_PROGRESS_SECONDS
         target = space.path / "input.mp4"
         limits = self._node_limits(spec.limits)
         command = ffmpeg.input_command(
@@ -210,7 +212,9 @@ class Execution:
         )  # fmt: skip
         source = ffmpeg.source_name(spec, space.path / "input.mp4")
         self._command = ffmpeg.transcode_command(spec, self._programs.ffmpeg, source, staged)
-        self.progress, self._expected_sec = None, spec.duration_sec
+        self.progress = None
+        self._expected_sec = spec.duration_sec or self._expected_sec
+        self._next_progress_log = time.monotonic() + FIRST_PROGRESS_SECONDS
         self._main = await self.steps.transcode(space, spec, self._command, str(source), staged)
         self.progress = self._main.progress or self.progress
         return self._main
@@ -249,10 +253,9 @@ class Execution:
             return
         self.progress = progress
         now = time.monotonic()
-        if now - self._progress_logged >= PROGRESS_LOG_SECONDS:
-            if self._progress_logged:
-                logger.info("job %s: %s", self.job.id, self.progress_text())
-            self._progress_logged = now
+        if now >= self._next_progress_log:
+            logger.info("job %s: %s", self.job.id, self.progress_text())
+            self._next_progress_log = now + PROGRESS_LOG_SECONDS
         if self._on_progress is not None:
             self._on_progress(self)
 
