@@ -104,10 +104,8 @@ class Dispatcher:
             self._metrics.set_master_up(True)
             soon.reset()
             slow.reset()
-            if job is None:
+            if job is None or not self._accept(job):
                 await self._pause(self._poll_interval, slot=True)
-            else:
-                self._accept(job)
 
     def stop_polling(self) -> None:
         """Take no more jobs; run() returns as soon as the request under way is answered."""
@@ -144,7 +142,8 @@ class Dispatcher:
         report.add_done_callback(self._reported)
         self._metrics.set_undelivered(len(self._reports))
 
-    def _accept(self, job: Job) -> None:
+    def _accept(self, job: Job) -> bool:
+        """Start a job; False if it runs here already."""
         if held := self.running.get(job.id):
             # The master queued it again although it runs here, e.g. after 30 minutes. It is not
             # started twice: what runs now answers for the new acceptance.
@@ -153,7 +152,7 @@ class Dispatcher:
                 job.id, job.retry_count,
             )  # fmt: skip
             held.job = job
-            return
+            return False
         for report in self._reports.values():
             if report.job_id == job.id:
                 report.release()  # handed out anew, so whatever became of that report is past
@@ -165,6 +164,7 @@ class Dispatcher:
         task = asyncio.create_task(self._work(execution), name=f"job {job.id}")
         self._jobs.add(task)
         task.add_done_callback(self._jobs.discard)
+        return True
 
     async def _work(self, execution: Execution) -> None:
         stale = None

@@ -167,7 +167,8 @@ class Execution:
     def _check_disk(self, spec: JobSpec) -> None:
         """Raise JobError unless the job's disk limit fits on every file system it writes to."""
         need = spec.limits.disk_mb
-        for folder in {self._settings.work_dir, *([spec.output.parent] if spec.output else [])}:
+        folders = [self._settings.work_dir, *([spec.output.parent] if spec.output else [])]
+        for folder in dict.fromkeys(folders):
             found = disk.usage(folder)
             available = found.available // MIB
             logger.info(

@@ -44,12 +44,7 @@ class Workspace:
         path = jobs_dir / name
         try:
             make_private(jobs_dir)
-            lock = try_lock(path) if path.exists() else None
-            if lock is not None:
-                os.close(lock)
-                remove_tree(path)
-            path.mkdir(mode=0o700)
-            lock = try_lock(path)
+            lock = _fresh(path)
         except OSError as error:
             raise JobError(
                 _reason(error, Reason.PLATFORM_ERROR),
@@ -83,6 +78,18 @@ class Workspace:
             remove_tree(self.path)
             os.close(self._lock)
             self._lock = None
+
+
+def _fresh(path: Path) -> int | None:
+    """An empty, locked folder; None if another process holds it."""
+    if path.exists():
+        lock = try_lock(path)
+        if lock is None:
+            return None
+        os.close(lock)
+        remove_tree(path)
+    path.mkdir(mode=0o700)
+    return try_lock(path)
 
 
 def make_private(folder: Path) -> None:

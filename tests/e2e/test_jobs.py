@@ -118,6 +118,20 @@ def test_a_job_over_its_memory_limit(worker: Worker, master: FakeMaster) -> None
     assert result["metrics"]["cpu_seconds"] > 0
 
 
+def test_the_memory_limit_holds_20_times_of_20(
+    worker: Worker, master: FakeMaster, make_media: Callable[..., Path]
+) -> None:
+    worker.start(master)
+    source = make_media("large.mp4", seconds=1, size="1920x1080", rate=30)
+    limits = {"max_memory_mb": 40}
+
+    jobs = [master.submit(parameters(input=str(source), resource_limits=limits)) for _ in range(20)]
+
+    errors = [master.wait(job["id"], timeout=120).get("error") for job in jobs]
+    expected = "resource_error: memory limit of 40 MB exceeded"
+    assert [error for error in errors if not str(error).startswith(expected)] == []
+
+
 def test_a_job_over_its_time_limit(worker: Worker, master: FakeMaster) -> None:
     worker.start(master)
     job = {
@@ -216,6 +230,19 @@ def test_hostile_ids_get_units_of_their_own(worker: Worker, master: FakeMaster) 
     assert [result["status"] for result in results] == ["completed"] * len(ids)
     assert len({result["metrics"]["unit"] for result in results}) == len(ids)
     assert "\n%n" not in worker.log()
+
+
+def test_a_failed_job_is_run_again_when_the_master_says_so(worker: Worker) -> None:
+    with FakeMaster(max_retries=3) as master:
+        worker.start(master)
+        for route in ("POST /results", "GET /jobs/next"):
+            master.fault(route, "lose")  # done, but the answer does not arrive
+        job = master.submit(parameters(input="/etc/passwd"))
+
+        assert master.wait(job["id"], timeout=60)["status"] == "failed"
+
+        worker.stop()
+        assert [result["status"] for result in master.results] == ["failed"] * 4
 
 
 def test_sla_and_metrics_count_what_happened(worker: Worker, master: FakeMaster) -> None:
