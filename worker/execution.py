@@ -78,6 +78,7 @@ class Execution:
         self._media: probe.Media | None = None
         self._input_bytes: int | None = None
         self._output_bytes: int | None = None
+        self._staged_bytes: int | None = None
         self._command: tuple[str, ...] = ()
         self.steps = Steps(job, launcher, programs, self._show)
         try:
@@ -120,6 +121,8 @@ class Execution:
             outcome = Outcome.of(error)
         except SystemdError as error:
             outcome = Outcome.failed(Reason.PLATFORM_ERROR, str(error))
+        except OSError as error:
+            outcome = Outcome.failed(workspace.reason(error), f"a file of the job: {error}")
         except Exception as error:
             # A defect of ours costs this job, not the node.
             logger.exception("job %s: internal error", self.job.id)
@@ -152,13 +155,14 @@ class Execution:
         if given is not None:
             self._input_bytes = workspace.check_input(given)
         if spec.output is not None:
-            workspace.check_output(spec.output, given)
+            workspace.check_output(spec.output, given, private=self._settings.work_dir / "jobs")
         self._check_disk(spec)
         space = self._workspace = Workspace.create(self._settings.work_dir / "jobs", self._name)
         if isinstance(spec.source, GeneratedInput):
             await self._generate(space, spec)
         staged = space.path / f"output{_suffix(spec)}"
         main = await self._transcode(space, spec, staged)
+        self._staged_bytes = workspace.size_of(staged)
         if main.outcome.completed:
             await self._check(space, spec, staged, main)
             await self._publish(spec, staged)
@@ -169,7 +173,13 @@ class Execution:
         need = spec.limits.disk_mb
         folders = [self._settings.work_dir, *([spec.output.parent] if spec.output else [])]
         for folder in dict.fromkeys(folders):
-            found = disk.usage(folder)
+            try:
+                found = disk.usage(folder)
+            except OSError as error:
+                raise JobError(
+                    Reason.PLATFORM_ERROR,
+                    f"cannot see how much disk space {folder} has: {error.strerror}",
+                ) from error
             available = found.available // MIB
             logger.info(
                 "job %s: Disk space: %.0f%% used (%d MB available) in %s",
@@ -197,7 +207,9 @@ class Execution:
         if not run.outcome.completed:
             assert run.outcome.reason is not None
             raise JobError(run.outcome.reason, run.outcome.message)
-        self._input_bytes = target.stat().st_size
+        self._input_bytes = workspace.size_of(target)
+        if self._input_bytes is None:
+            raise JobError(Reason.RUNTIME_ERROR, "ffmpeg ended well but left no test input")
         logger.info(
             "job %s: input generated in %.1f s (%d bytes)",
             self.job.id, run.wall_seconds, self._input_bytes,
@@ -222,9 +234,9 @@ class Execution:
 
     async def _check(self, space: Workspace, spec: JobSpec, staged: Path, main: StepRun) -> None:
         """Look at what came out, in a unit: the file was made by a parser of hostile input."""
-        if not staged.is_file():
+        if self._staged_bytes is None:
             raise JobError(Reason.RUNTIME_ERROR, "ffmpeg ended well but left no output")
-        self._output_bytes = staged.stat().st_size
+        self._output_bytes = self._staged_bytes
         limits = self._node_limits(spec.limits)
         command = ffmpeg.probe_command(self._programs.ffprobe, staged)
         text = await self.steps.probe(space, spec, limits, command)
@@ -262,13 +274,11 @@ class Execution:
 
     def _gathered(self, begun_at: datetime, seconds: float, outcome: Outcome) -> JobRun:
         main, generation = self._main, self.generation
-        usage = main.usage if main else None
-        if usage is not None and outcome.completed:
-            # Short jobs end between two samples; but what was read and written is known.
-            usage = usage.merged(
-                Usage(io_read_bytes=self._input_bytes, io_write_bytes=self._output_bytes)
-            )
         step = main or generation
+        usage = step.usage if step else None
+        if main is not None and usage is not None:
+            # What a killed ffmpeg wrote is seen in its file only.
+            usage = usage.merged(Usage(io_write_bytes=self._staged_bytes))
         return JobRun(
             job=self.job,
             node_id=self._node_id,
@@ -277,7 +287,7 @@ class Execution:
             ended_at=datetime.now(UTC),
             total_sec=seconds,
             spec=self.spec,
-            unit=main.unit if main else "",
+            unit=step.unit if step else "",
             transcode_sec=main.wall_seconds if main else None,
             usage=usage,
             progress=main.progress if main else None,
@@ -290,7 +300,6 @@ class Execution:
             ),
             command=self._command,
             log_tail=step.log_text if step else "",
-            **({"log": main.log} if main else {}),
         )
 
     def _node_limits(self, limits: Limits) -> Limits:

@@ -14,7 +14,7 @@ from worker import workspace
 from worker.errors import JobError, Reason, SystemdError
 from worker.jobs import ffmpeg
 from worker.jobs.judge import judge
-from worker.jobs.outcome import Intent, Outcome
+from worker.jobs.outcome import Intent, Outcome, stopped
 from worker.jobs.progress import LogFacts, Progress, parse_progress, read_log
 from worker.jobs.spec import JobSpec, Limits, Priority, UrlInput
 from worker.master.wire import Job
@@ -97,7 +97,9 @@ class Steps:
     async def clean_up(self) -> None:
         """Return when no unit of this job is loaded any more."""
         while self._tasks:
-            await asyncio.gather(*self._tasks)
+            for error in await asyncio.gather(*self._tasks, return_exceptions=True):
+                if error is not None:
+                    logger.error("job %s: clean-up failed", self._job.id, exc_info=error)
 
     async def generate(
         self, space: Workspace, spec: JobSpec, limits: Limits, command: tuple[str, ...]
@@ -199,7 +201,7 @@ class Steps:
         is_url: bool = False,
     ) -> StepRun:
         if self.intent is not Intent.NONE:
-            raise JobError(Reason.PLATFORM_ERROR, f"the job was stopped before {launch.unit} began")
+            raise JobError(Reason.PLATFORM_ERROR, stopped(self.intent).message)
         asked = time.monotonic()
         unit = await self._launcher.start(launch)
         self.start_seconds.append(time.monotonic() - asked)
@@ -217,7 +219,14 @@ class Steps:
         log = read_log(log_text)
         usage = usage.merged(
             # ffmpeg's own account of itself, the only one of a job that ends within a second.
-            Usage(cpu_seconds=log.bench_cpu_seconds, memory_peak_bytes=log.bench_maxrss_bytes)
+            Usage(
+                cpu_seconds=log.bench_cpu_seconds,
+                # Counts shared libraries in full, though the kernel charges them to whoever used
+                # them first, so it can be above the limit without any harm.
+                memory_peak_bytes=_at_most(log.bench_maxrss_bytes, launch.limits.memory_bytes),
+                io_read_bytes=log.bytes_read,
+                io_write_bytes=log.bytes_written,
+            )
         )
         outcome = judge(
             state, usage, self.intent, log, limits,
@@ -274,3 +283,7 @@ class Steps:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _at_most(value: int | None, limit: int | None) -> int | None:
+    return value if value is None or limit is None else min(value, limit)

@@ -47,7 +47,7 @@ class Workspace:
             lock = _fresh(path)
         except OSError as error:
             raise JobError(
-                _reason(error, Reason.PLATFORM_ERROR),
+                reason(error),
                 f"cannot make the job's folder {path}: {error.strerror}",
             ) from error
         if lock is None:
@@ -65,12 +65,18 @@ class Workspace:
         return self.path / f"{step}.log"
 
     def clear(self) -> None:
-        """Delete what is in the folder. The empty folder still says that the job is held."""
-        for path in self.path.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                remove_tree(path)
-            else:
-                path.unlink(missing_ok=True)
+        """Delete what is in the folder. The empty folder still says that the job is held.
+
+        What cannot be deleted is named in the log.
+        """
+        try:
+            for path in self.path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    remove_tree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("cannot clear %s: %s", self.path, error)
 
     def remove(self) -> None:
         """Delete the folder with all that is in it, and let go of the lock; may be repeated."""
@@ -130,19 +136,32 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, onerror=report)
 
 
+def size_of(path: Path) -> int | None:
+    """Size in bytes of a regular file; None where there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
 def read_ends(path: Path) -> str:
-    """The first and the last part of a text file that may be of any size; "" if it is missing."""
+    """The first and the last part of a text file that may be of any size; "" if it is missing.
+
+    In whole lines: half a line could be half a URL, whose secrets nobody recognises.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
             size = os.fstat(file.fileno()).st_size
-            if size <= HEAD_BYTES:
-                return head.decode("utf-8", "replace")
-            file.seek(max(HEAD_BYTES, size - TAIL_BYTES))
+            if size <= HEAD_BYTES + TAIL_BYTES:
+                return (head + file.read(TAIL_BYTES)).decode("utf-8", "replace")
+            file.seek(size - TAIL_BYTES)
             tail = file.read(TAIL_BYTES)
     except FileNotFoundError:
         return ""
-    return f"{head.decode('utf-8', 'replace')}\n{tail.decode('utf-8', 'replace')}"
+    whole = head.rpartition(b"\n")[0] + b"\n" + tail.partition(b"\n")[2]
+    return whole.decode("utf-8", "replace")
 
 
 def read_tail(path: Path, size: int = 16 * 1024) -> str:
@@ -179,18 +198,30 @@ def check_input(path: Path) -> int:
     return found.st_size
 
 
-def check_output(path: Path, source: Path | None) -> None:
-    """Raise JobError unless an output can be published at ``path`` when it is done."""
+def check_output(path: Path, source: Path | None, private: Path | None = None) -> None:
+    """Raise JobError unless an output can be published at ``path`` when it is done.
+
+    Below ``private`` lie the folders of jobs, which are deleted with all that is in them.
+    """
     folder = path.parent
-    if not folder.is_dir():
+    try:
+        if not folder.is_dir():
+            raise JobError(
+                Reason.USER_ERROR,
+                f"output folder {folder} does not exist on this node; make it first",
+            )
+        if path.is_dir():
+            raise JobError(Reason.USER_ERROR, f"output {path} is a folder; name a file")
+        if source is not None and path.exists() and path.samefile(source):
+            raise JobError(Reason.USER_ERROR, f"output {path} is the same file as the input")
+        if private is not None and folder.resolve().is_relative_to(private.resolve()):
+            raise JobError(Reason.USER_ERROR, f"output {path} is among the worker's own files")
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
         raise JobError(
-            Reason.USER_ERROR, f"output folder {folder} does not exist on this node; make it first"
-        )
-    if path.is_dir():
-        raise JobError(Reason.USER_ERROR, f"output {path} is a folder; name a file")
-    if source is not None and path.exists() and path.samefile(source):
-        raise JobError(Reason.USER_ERROR, f"output {path} is the same file as the input")
-    if not os.access(folder, os.W_OK | os.X_OK):
+            Reason.PLATFORM_ERROR, f"output {path} cannot be looked at: {error.strerror}"
+        ) from error
+    if not writable:
         raise JobError(
             Reason.PLATFORM_ERROR,
             f"output folder {folder} is not writable for the worker; allow it with "
@@ -221,14 +252,16 @@ def publish(staged: Path, target: Path, *, copy: bool = False) -> int:
         _sync_folder(target.parent)
     except OSError as error:
         raise JobError(
-            _reason(error, Reason.PLATFORM_ERROR),
+            reason(error),
             f"cannot publish the output as {target}: {error.strerror}",
         ) from error
     return size
 
 
 def _copy_beside(staged: Path, target: Path) -> None:
-    part = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.part")
+    # Named after the target as far as NAME_MAX allows, so that its owner can tell what it is.
+    start = target.name.encode()[:200].decode(errors="ignore")
+    part = target.with_name(f".{start}.{secrets.token_hex(4)}.part")
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as copy, staged.open("rb") as source:
@@ -264,9 +297,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _reason(error: OSError, otherwise: Reason) -> Reason:
+def reason(error: OSError) -> Reason:
+    """Whose fault it is that a file of ours could not be used."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return Reason.RESOURCE_ERROR if full else otherwise
+    return Reason.RESOURCE_ERROR if full else Reason.PLATFORM_ERROR
 
 
 def require_work_dir(work_dir: Path) -> Path:

@@ -68,10 +68,33 @@ def transcode(spec: JobSpec, source: str = "/in/a.mp4") -> list[str]:
 
 def test_a_plain_transcode() -> None:
     assert " ".join(transcode(SPEC)) == (
-        "/usr/bin/ffmpeg -hide_banner -nostdin -nostats -loglevel level+info -benchmark "
-        "-progress pipe:1 -y -threads 2 -protocol_whitelist file,crypto,data -i file:/in/a.mp4 "
-        "-sn -dn -c:v libx264 -b:v 2000000 -preset veryfast -threads 2 -f mp4 file:/out/o.mp4"
+        "/usr/bin/ffmpeg -hide_banner -nostdin -nostats -benchmark -progress pipe:1 -y "
+        "-loglevel level+info -threads 2 -protocol_whitelist file,crypto,data -i file:/in/a.mp4 "
+        "-sn -dn -c:v libx264 -b:v 2000000 -preset veryfast -threads 2 "
+        "-vf crop=trunc(iw/2)*2:trunc(ih/2)*2 -f mp4 file:/out/o.mp4"
     )
+
+
+@pytest.mark.parametrize("encoder", ["libvpx-vp9", "mpeg4"])
+def test_an_odd_size_stays_odd_where_the_codec_allows(encoder: str) -> None:
+    assert "-vf" not in transcode(replace(SPEC, encoder=encoder, preset=None))
+
+
+def test_a_url_with_a_secret_keeps_ffmpeg_out_of_the_journal() -> None:
+    for url, level in (
+        ("http://h/x", "level+info"),
+        ("http://user:pw@h/x", "level+quiet"),
+        ("http://h/x?token=t", "level+quiet"),
+        ("rtmp://h/live/key", "level+quiet"),
+    ):
+        words = transcode(replace(SPEC, source=UrlInput(url, url.partition(":")[0])), url)
+        assert words[words.index("-loglevel") + 1] == level
+
+
+def test_the_decoder_leaves_room_for_the_encoders_threads() -> None:
+    words = transcode(replace(SPEC, threads=256))
+    assert words[words.index("-threads") + 1] == "16"
+    assert words[words.index("-c:v") :].count("256") == 1
 
 
 def test_every_setting_has_its_place() -> None:
@@ -140,7 +163,7 @@ def test_paths_are_taken_literally() -> None:
 
 def test_the_name_of_the_log_is_escaped() -> None:
     assert report_environment(Path("/j/a:b\\c'd e%f.log")) == {
-        "FFREPORT": "file=/j/a\\:b\\\\c\\'d\\ e%%f.log:level=32"
+        "FFREPORT": "file=/j/a\\:b\\\\c\\'d\\ e%%f.log:level=40"
     }
 
 

@@ -243,3 +243,43 @@ def test_the_sentence_names_the_step_and_keeps_secrets() -> None:
         "generating the input failed: ffmpeg could not get the input over the network "
         "(exit status 1); ffmpeg: rtmp://***@h/live/***: Connection refused"
     )
+
+
+def test_an_input_without_video_is_to_blame_whatever_the_muxer_said() -> None:
+    log = read_log(
+        "[info] Input #0, mp3, from 'a':\n[info]   Stream #0:0: Audio: mp3\n"
+        "[error] Could not find tag for codec h264, codec not currently supported in container\n"
+    )
+    outcome = judge(State(), Used(), Intent.NONE, log, LIMITS)
+    assert outcome.reason is Reason.INPUT_ERROR
+    assert "no video stream" in outcome.message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[concat @ 0x5] Unsafe file name '/etc/passwd'",
+        "Cannot determine format of input stream 0:0 after EOF",
+        "[matroska,webm @ 0x5] File ended prematurely",
+    ],
+)
+def test_more_faults_of_the_input(line: str) -> None:
+    assert reason(State(), None, line) is Reason.INPUT_ERROR
+
+
+def test_a_step_that_was_stopped_has_not_failed() -> None:
+    outcome = verdict(KILLED, intent=Intent.CANCELLED, step="generating the input")
+    assert outcome.message == "the job was cancelled"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[flv @ 0x5] Codec mpeg4 is not supported in the official FLV specification,",
+        "[matroska @ 0x5] No bmp codec tag found for codec webp",
+        "[h263 @ 0x5] The specified picture size of 320x240 is not valid for the H.263 codec.",
+        "[dnxhd @ 0x5] video parameters incompatible with DNxHD. Valid DNxHD profiles:",
+    ],
+)
+def test_more_that_the_job_should_not_ask_for(line: str) -> None:
+    assert reason(State(), None, line) is Reason.USER_ERROR

@@ -14,7 +14,7 @@ from worker.jobs.capabilities import TYPICAL
 from worker.jobs.parse import parse_job
 from worker.jobs.probe import Media, check_output, expected_seconds, parse_probe
 from worker.jobs.progress import LogFacts
-from worker.jobs.spec import FileInput, JobSpec, Limits
+from worker.jobs.spec import FileInput, JobSpec, Limits, UrlInput
 from worker.master.wire import Job
 
 GENERATED = parse_job(Job(id="j"), TYPICAL, Limits(200, 2048, 5000, 3600), generate_input=True)
@@ -80,7 +80,6 @@ def test_any_answer_can_be_read(answer: object) -> None:
         (SPEC, None, 60.0, 60.0),
         (SPEC, 10.0, 60.0, 10.0),
         (SPEC, 90.0, 60.0, 60.0),
-        (SPEC, 90.0, None, 90.0),
         (GENERATED, None, 9.9, 10.0),
         (GENERATED, 300.0, 120.0, 300.0),
     ],
@@ -125,7 +124,42 @@ def test_a_raw_stream_is_measured_by_what_ffmpeg_said() -> None:
         check_output(raw, spec, 60.0, LogFacts(), encoded_sec=20.0)
 
 
-def test_a_container_without_audio_may_be_shorter_than_the_inputs_audio() -> None:
-    check_output(GOOD, replace(SPEC, muxer="ivf"), 60.0, LogFacts())
-    with pytest.raises(JobError):
-        check_output(GOOD, replace(SPEC, muxer="ivf"), 60.0, DAMAGED)
+def test_a_stream_that_was_left_out_may_be_the_long_one() -> None:
+    log = LogFacts(input_duration_sec=60.0, streams_left_out=True)
+    assert expected_seconds(SPEC, log) is None
+    assert expected_seconds(replace(SPEC, duration_sec=50.0), log) is None
+    assert expected_seconds(SPEC, replace(log, errors=DAMAGED.errors)) == 60.0
+
+
+def test_a_stream_of_unknown_length_has_to_last_and_a_file_has_not() -> None:
+    stream = replace(SPEC, source=UrlInput("rtmp://h/live/k", "rtmp"), duration_sec=90.0)
+    assert expected_seconds(stream, LogFacts()) == 90.0
+    assert expected_seconds(replace(SPEC, duration_sec=90.0), LogFacts()) is None
+
+
+def test_damage_shows_in_the_picture_though_the_sound_goes_on() -> None:
+    lost = replace(GOOD, video_duration_sec=6.0)
+    check_output(lost, SPEC, 10.0, LogFacts())
+    with pytest.raises(JobError, match=r"6\.00 s of the 10\.00 s") as caught:
+        check_output(lost, SPEC, 10.0, DAMAGED)
+    assert caught.value.reason is Reason.INPUT_ERROR
+
+
+def test_a_cover_picture_is_no_output() -> None:
+    with pytest.raises(JobError, match="cover") as caught:
+        check_output(GOOD, SPEC, 10.0, LogFacts(input_has_video=False))
+    assert caught.value.reason is Reason.INPUT_ERROR
+
+
+@pytest.mark.parametrize(
+    ("stream", "seconds"),
+    [
+        ({"duration": "7.5"}, 7.5),
+        ({"tags": {"DURATION": "00:01:07.500000000"}}, 67.5),
+        ({"tags": {"DURATION": "long"}, "duration": "1"}, 1.0),
+        ({"tags": 7}, None),
+    ],
+)
+def test_the_length_of_the_video(stream: dict[str, Any], seconds: float | None) -> None:
+    answer = {"streams": [{"codec_type": "video", **stream}]}
+    assert parse_probe(json.dumps(answer)).video_duration_sec == seconds

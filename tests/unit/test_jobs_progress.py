@@ -68,6 +68,7 @@ ffmpeg started on 2026-11-24 at 21:14:33
 [info]   Duration: 00:01:02.50, start: 0.000000, bitrate: 666 kb/s
 [info]   Stream #0:0[0x1](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p
 [info] Stream mapping:
+[info]   Stream #0:0 -> #0:0 (h264 (native) -> h264 (libx264))
 [info] Output #0, mp4, to 'file:/o.mp4':
 [info]   Stream #0:0: Video: h264
 [info] bench: utime=0.058s stime=0.015s rtime=0.061s
@@ -83,6 +84,37 @@ def test_a_good_log() -> None:
         bench_cpu_seconds=0.058 + 0.015,
         bench_maxrss_bytes=57420 * 1024,
     )
+
+
+def test_what_ffmpeg_counted_itself() -> None:
+    text = (
+        "[AVIOContext @ 0x55] [verbose] Statistics: 1000 bytes written, 2 seeks, 4 writeouts\n"
+        "[AVIOContext @ 0x56] [verbose] Statistics: 300 bytes read, 0 seeks\n"
+        "[AVIOContext @ 0x57] [verbose] Statistics: 20 bytes read, 0 seeks\n"
+    )
+    facts = read_log(LOG + text)
+    assert (facts.bytes_read, facts.bytes_written) == (320, 1000)
+
+
+def test_streams_that_were_not_used() -> None:
+    more = "[info]   Stream #0:1: Subtitle: subrip\n[info] Stream mapping:\n"
+    text = LOG.replace("[info] Stream mapping:\n", more)
+    assert not read_log(LOG).streams_left_out
+    assert read_log(text).streams_left_out
+
+
+@pytest.mark.parametrize(
+    ("container", "seconds"),
+    [
+        ("matroska,webm", 52.5),  # counts from zero, wherever it begins
+        ("mov,mp4,m4a,3gp,3g2,mj2", 62.5),
+        ("hls", 62.5),
+        ("mpegts", None),  # a difference of time stamps, which may jump
+    ],
+)
+def test_how_much_there_is_of_an_input(container: str, seconds: float | None) -> None:
+    text = LOG.replace("mov,mp4,m4a,3gp,3g2,mj2", container).replace("start: 0.0", "start: 10.0")
+    assert read_log(text).input_duration_sec == seconds
 
 
 def test_a_cover_picture_is_no_video() -> None:

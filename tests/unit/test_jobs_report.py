@@ -11,7 +11,7 @@ from worker.jobs.capabilities import TYPICAL
 from worker.jobs.outcome import COMPLETED, Outcome
 from worker.jobs.parse import parse_job
 from worker.jobs.probe import Media
-from worker.jobs.progress import LogFacts, Progress
+from worker.jobs.progress import Progress
 from worker.jobs.report import MAX_LOG_BYTES, JobRun, build_result
 from worker.jobs.sla import Sla, sla
 from worker.jobs.spec import Limits
@@ -29,7 +29,7 @@ JOB = Job(
 
 @dataclass
 class Used:
-    cpu_seconds: float | None = 3.0
+    cpu_seconds: float | None = 3.5
     memory_peak_bytes: int | None = 1000
     io_read_bytes: int | None = 10
     io_write_bytes: int | None = 20
@@ -50,7 +50,6 @@ RUN = JobRun(
     transcode_sec=10.0,
     usage=Used(),
     progress=Progress(True, 300, 0.0, 2e6, 2_000_000, 9.97, 1, 2, 1.5),
-    log=LogFacts(bench_cpu_seconds=3.5, bench_maxrss_bytes=900),
     media=Media("mp4", 10.0, 2_097_152, 1_677_721, "h264", 1280, 720, 30.0, 300, True),
     input_bytes=4_000_000,
     output_bytes=2_097_152,
@@ -140,7 +139,6 @@ def test_all_numbers_are_finite() -> None:
     run = replace(
         RUN,
         usage=used,
-        log=LogFacts(),
         total_sec=float("inf"),
         transcode_sec=0.0,
         progress=Progress(frame=1, speed=float("inf")),
@@ -156,7 +154,7 @@ def test_logs_are_bounded_and_safe() -> None:
     assert len(logs.encode()) <= MAX_LOG_BYTES
     assert logs.startswith("$ /usr/bin/ffmpeg")
     assert "\x1b" not in logs
-    cut = "x" * 30 + "secretkey\n" + "y" * (MAX_LOG_BYTES - 5)
+    cut = "rtmp://host/live/secretkey\n" + "y\n" * (MAX_LOG_BYTES // 2 - 80)
     logs = build_result(replace(RUN, log_tail=cut), COMPLETED).logs
     assert logs is not None
     assert "key" not in logs
@@ -226,3 +224,10 @@ def test_which_jobs_count(verdict: Sla, category: str) -> None:
 )
 def test_what_keeps_the_promise(verdict: Sla, compliant: bool) -> None:
     assert verdict.compliant is compliant
+
+
+def test_the_log_is_sent_without_what_is_there_for_its_figures() -> None:
+    noise = "[graph @ 0x5] [verbose] http://u:p@h/x\n[verbose] *** 1 dup!\n" * 10_000
+    result = build_result(replace(RUN, log_tail="[error] the cause\n" + noise), COMPLETED)
+    assert result.logs is not None
+    assert result.logs.splitlines()[1:] == ["[error] the cause"]

@@ -109,6 +109,16 @@ def test_outputs(tmp_path: Path) -> None:
         assert caught.value.reason is Reason.USER_ERROR
 
 
+def test_no_output_among_the_folders_of_jobs(tmp_path: Path) -> None:
+    (tmp_path / "jobs/other").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "jobs/other")
+    workspace.check_output(tmp_path / "out.mp4", None, tmp_path / "jobs")
+    for folder in ("jobs", "jobs/other", "link"):
+        with pytest.raises(JobError, match="own files") as caught:
+            workspace.check_output(tmp_path / folder / "out.mp4", None, tmp_path / "jobs")
+        assert caught.value.reason is Reason.USER_ERROR
+
+
 def staged(tmp_path: Path) -> Path:
     path = tmp_path / "staged"
     path.write_text("new")
@@ -156,3 +166,48 @@ def test_a_work_directory_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="WORK_DIR"):
         workspace.require_work_dir(tmp_path / "file")
     assert workspace.require_work_dir(tmp_path / "a/b") == tmp_path / "a/b/jobs"
+
+
+def test_a_copy_of_the_longest_name_there_can_be(tmp_path: Path) -> None:
+    target = tmp_path / f"{'ü' * 125}.mp4"  # 254 of the 255 bytes of NAME_MAX
+    assert workspace.publish(staged(tmp_path), target, copy=True) == 3
+    assert target.read_text() == "new"
+
+
+def test_a_folder_that_went_away_is_clear(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    space = Workspace.create(tmp_path / "jobs", "x")
+    space.path.rmdir()
+    space.clear()
+    assert "cannot clear" in caplog.text
+    space.remove()
+
+
+def test_an_output_that_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(JobError, match="Permission denied") as caught:
+        workspace.check_output(tmp_path / "out.mp4", None)
+    assert caught.value.reason is Reason.PLATFORM_ERROR
+
+
+def test_sizes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("four")
+    (tmp_path / "link").symlink_to("file")
+    sizes = [workspace.size_of(tmp_path / name) for name in ("file", "link", "nothing")]
+    assert sizes == [4, None, None]
+
+
+@pytest.mark.parametrize("lines", [1, 4_000, 20_000])
+def test_the_ends_of_a_log_are_whole_lines(tmp_path: Path, lines: int) -> None:
+    line = "[info] http://user:secret@host"
+    path = tmp_path / "main.log"
+    path.write_text("".join(f"{line}/{number:06}\n" for number in range(lines)))
+    read = workspace.read_ends(path).splitlines()
+    assert len(read) <= lines
+    assert all(one.startswith(line) and len(one) == len(line) + 7 for one in read)
+    assert read[0].endswith("/000000")
+    assert read[-1].endswith(f"/{lines - 1:06}")

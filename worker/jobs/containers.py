@@ -44,7 +44,7 @@ _REFUSED = {
     "mp4": frozenset({"vp8"}),
     "mov": frozenset({"vp8", "vp9", "av1"}),
     "webm": frozenset({"h264", "hevc"}),
-    "mpegts": frozenset({"vp8", "vp9", "av1"}),
+    "mpegts": frozenset({"vp8", "vp9", "av1", "theora"}),
     "flv": _COMMON - {"h264"},
     "avi": frozenset({"hevc"}),
     "mpeg": frozenset({"vp8", "vp9", "av1"}),
@@ -59,7 +59,7 @@ _REFUSED = {
     "obu": _COMMON - {"av1"},
 }
 
-WITHOUT_AUDIO = frozenset({"ivf", "h264", "hevc", "obu"})
+_WITHOUT_AUDIO = frozenset({"ivf", "h264", "hevc", "obu"})
 
 # Muxers whose default audio encoder fails for common inputs: flv takes mp3 only at 44100 Hz and
 # its divisors, 3gp's AMR only 8000 Hz mono, and mxf only 48000 Hz.
@@ -77,6 +77,6 @@ def fits(codec: str | None, muxer: str) -> bool:
 
 def audio_options(muxer: str) -> list[str]:
     """What the muxer needs so that any input's audio goes in; none at all where it has no place."""
-    if muxer in WITHOUT_AUDIO:
+    if muxer in _WITHOUT_AUDIO:
         return ["-an"]
     return list(_AUDIO_OPTIONS.get(muxer, ()))

@@ -39,12 +39,14 @@ _INPUT = re.compile(
     r"|EBML header parsing failed|No such file or directory|Permission denied|Is a directory"
     r"|End of file|Invalid frame size|partial file|Protocol .* not on whitelist"
     r"|Failed to open segment|Decoder .* not found|not divisible by 2"
+    r"|File ended prematurely|Cannot determine format of input stream|Unsafe file name"
 )
 _USER = re.compile(
     r"Error setting option|Unrecognized option|Option .* not found|Error applying encoder options"
     r"|codec not currently supported in container|not compatible with|only supported in"
     r"|Unsupported codec id|are supported for WebM|Error setting preset/tune|Invalid value"
-    r"|Unable to parse option value|out of range"
+    r"|Unable to parse option value|out of range|size of \S+ is not valid for|incompatible with"
+    r"|Codec \w+ is not supported|No bmp codec tag found"
 )
 _OUTPUT = re.compile(
     r"No such file or directory|Permission denied|Read-only file system|Is a directory"

@@ -5,24 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from worker.jobs.containers import audio_options
-from worker.jobs.encoders import preset_options
+from worker.jobs.encoders import codec_of, preset_options
 from worker.jobs.places import FILE_PROTOCOLS, PROTOCOLS
 from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, UrlInput
+from worker.jobs.text import redact
 
+_MAX_DECODER_THREADS = 16  # ffmpeg advises against more, and each counts against the task limit
 _GLOBAL = (
     "-hide_banner",
     "-nostdin",
     "-nostats",
-    *("-loglevel", "level+info"),
     "-benchmark",  # CPU time and peak memory in the log, exact even for the shortest job
     *("-progress", "pipe:1"),
     "-y",
 )
+_EVEN_ONLY = frozenset({"h264", "hevc", "av1"})  # their encoders refuse an odd size, or some do
 _INPUT_ENCODERS = ("libx264", "libopenh264", "mpeg4")
 _INPUT_BITS_PER_PIXEL = 0.1  # 4K at 60 frames/s: 50 Mbit/s; unbounded noise would be ten times that
 _PROBE_ENTRIES = (
     "format=format_name,duration,size,bit_rate"
     ":stream=codec_type,codec_name,width,height,avg_frame_rate,r_frame_rate,nb_frames,duration"
+    ":stream_tags=DURATION"
     ":frame=media_type"
 )
 
@@ -54,6 +57,7 @@ def input_command(
     return (
         str(ffmpeg),
         *_GLOBAL,
+        *("-loglevel", "level+info"),
         *("-f", "lavfi", "-i", graph),
         *("-c:v", encoder),
         *("-b:v", str(max(100_000, round(pixels * _INPUT_BITS_PER_PIXEL)))),
@@ -76,6 +80,7 @@ def transcode_command(
     return (
         str(ffmpeg),
         *_GLOBAL,
+        *("-loglevel", "level+quiet" if _has_secret(spec) else "level+info"),
         *_hardware(spec),
         *_input(spec, source),
         *(("-t", _decimal(spec.duration_sec)) if spec.duration_sec is not None else ()),
@@ -113,7 +118,9 @@ def probe_command(ffprobe: Path | str, path: Path) -> tuple[str, ...]:
 
 
 def report_environment(log: Path) -> dict[str, str]:
-    """The environment that makes ffmpeg write its log, at level info, to ``log``.
+    """The environment that makes ffmpeg write its log, at level verbose, to ``log``.
+
+    What it read and wrote is said at that level only.
 
     FFREPORT is a list of key=value, where ``:`` ends a value, a backslash or a quote protects,
     and in the file name ``%`` starts a placeholder (ffmpeg(1), -report).
@@ -121,7 +128,15 @@ def report_environment(log: Path) -> dict[str, str]:
     name = str(log).replace("%", "%%")
     for special in ("\\", ":", "'", " "):
         name = name.replace(special, "\\" + special)
-    return {"FFREPORT": f"file={name}:level=32"}
+    return {"FFREPORT": f"file={name}:level=40"}
+
+
+def _has_secret(spec: JobSpec) -> bool:
+    """Whether the input's URL must not get into the journal, where standard error goes.
+
+    The log of the job has all that ffmpeg says, and is cleaned before it is sent.
+    """
+    return isinstance(spec.source, UrlInput) and redact(spec.source.url) != spec.source.url
 
 
 def _hardware(spec: JobSpec) -> tuple[str, ...]:
@@ -133,7 +148,8 @@ def _hardware(spec: JobSpec) -> tuple[str, ...]:
 
 
 def _input(spec: JobSpec, source: Path | str) -> tuple[str, ...]:
-    threads = ("-threads", str(spec.threads))  # of the decoder: it would take all CPUs of the host
+    # Of the decoder, which would take all CPUs of the host.
+    threads = ("-threads", str(min(spec.threads, _MAX_DECODER_THREADS)))
     if isinstance(spec.source, UrlInput):
         protocols = PROTOCOLS[spec.source.scheme]
         return (*threads, "-protocol_whitelist", protocols, "-i", str(source))
@@ -148,6 +164,8 @@ def _filters(spec: JobSpec) -> tuple[str, ...]:
     if spec.scale is not None:
         filters.append("scale={}:{}:flags=bicubic".format(*spec.scale))
         filters.append("setsar=1")  # the size that was asked for is the size that is shown
+    elif not isinstance(spec.source, GeneratedInput) and codec_of(spec.encoder) in _EVEN_ONLY:
+        filters.append("crop=trunc(iw/2)*2:trunc(ih/2)*2")  # at most one row and one column
     if spec.encoder.endswith("_vaapi"):
         filters += ["format=nv12", "hwupload"]
     return ("-vf", ",".join(filters)) if filters else ()

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from worker.errors import Reason
 from worker.jobs.failures import classify, lines_without_names, write_failed
-from worker.jobs.outcome import COMPLETED, Intent, Outcome
+from worker.jobs.outcome import COMPLETED, Intent, Outcome, stopped
+from worker.jobs.probe import NO_VIDEO
 from worker.jobs.progress import LogFacts
 from worker.jobs.spec import Limits
 from worker.jobs.text import label, redact
@@ -142,9 +143,10 @@ def judge(
     ).verdict()
     if verdict.completed:
         return verdict
-    message = f"{step} failed: {verdict.message}" if step else verdict.message
-    if log.last_error and intent is Intent.NONE:
-        message += f"; ffmpeg: {log.last_error}"
+    message = verdict.message
+    if intent is Intent.NONE:
+        message = f"{step} failed: {message}" if step else message
+        message += f"; ffmpeg: {log.last_error}" if log.last_error else ""
     return Outcome(False, verdict.reason, redact(message))
 
 
@@ -176,7 +178,7 @@ class _Judge:
         if not gone and (code, status, state.result) == (CLD_EXITED, 0, "success"):
             return self._clean_exit()
         if self.intent is not Intent.NONE:
-            return self._our_doing()
+            return stopped(self.intent)
         if gone and code == CLD_KILLED and status in _STOP_SIGNALS:
             return self._stopped(status)
         if gone:
@@ -216,13 +218,6 @@ class _Judge:
         if write_failed(self.lines):
             return Outcome.failed(Reason.RESOURCE_ERROR, self._disk_sentence())
         return COMPLETED
-
-    def _our_doing(self) -> Outcome:
-        if self.intent is Intent.CANCELLED:
-            return Outcome.failed(Reason.PLATFORM_ERROR, "the job was cancelled")
-        return Outcome.failed(
-            Reason.PLATFORM_ERROR, "the worker was stopped before the job was done; run it again"
-        )
 
     def _out_of_memory(self) -> bool:
         if self.state.result == "oom-kill":
@@ -297,6 +292,8 @@ class _Judge:
         if self.log.stopped_by_signal in _STOP_SIGNALS:
             # ffmpeg catches the signal, closes its files and exits with 255.
             return self._stopped(self.log.stopped_by_signal)
+        if self.log.input_has_video is False:
+            return Outcome.failed(Reason.INPUT_ERROR, NO_VIDEO)
         reason = classify(self.lines, is_url=self.is_url)
         if write_failed(self.lines):
             return Outcome.failed(Reason.RESOURCE_ERROR, self._disk_sentence())

@@ -44,6 +44,15 @@ class Outcome:
 COMPLETED = Outcome(True)
 
 
+def stopped(intent: Intent) -> Outcome:
+    """The job was ended by ourselves."""
+    if intent is Intent.CANCELLED:
+        return Outcome.failed(Reason.PLATFORM_ERROR, "the job was cancelled")
+    return Outcome.failed(
+        Reason.PLATFORM_ERROR, "the worker was stopped before the job was done; run it again"
+    )
+
+
 def error_text(outcome: Outcome) -> str | None:
     """The result's ``error``: the reason, then the sentence; None for a completed job.
 

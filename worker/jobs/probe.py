@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from worker.errors import JobError, Reason
-from worker.jobs.containers import WITHOUT_AUDIO
 from worker.jobs.failures import input_is_damaged
 from worker.jobs.progress import LogFacts
-from worker.jobs.spec import GeneratedInput, JobSpec
+from worker.jobs.spec import GeneratedInput, JobSpec, UrlInput
 from worker.jobs.text import label
 
+NO_VIDEO = "the input has no video stream (a cover picture is none)"
 _MAX_TEXT = 2**20
 _TOLERANCE_SEC = 0.5
 _TOLERANCE_SHARE = 0.1
@@ -35,6 +36,7 @@ class Media:
     frames: int | None = None
     decodes: bool = False
     """Whether a frame of the video could be decoded."""
+    video_duration_sec: float | None = None
 
     @property
     def has_video(self) -> bool:
@@ -66,6 +68,7 @@ def parse_probe(text: str) -> Media:
         frame_rate=_ratio(video.get("avg_frame_rate")) or _ratio(video.get("r_frame_rate")),
         frames=_int(video.get("nb_frames")),
         decodes=any(f.get("media_type") == "video" for f in _objects(data.get("frames"))),
+        video_duration_sec=_video_seconds(video),
     )
 
 
@@ -73,12 +76,19 @@ def expected_seconds(spec: JobSpec, log: LogFacts) -> float | None:
     """How long the output should be; None if nobody knows.
 
     What was asked, but no more than the input has; a generated input is looped for as long as
-    it takes.
+    it takes. An input's length is that of its longest stream, subtitles and second languages
+    included, so it counts only if all streams were used, or if ffmpeg complained of the data.
     """
     if isinstance(spec.source, GeneratedInput):
         return spec.source.duration_sec if spec.duration_sec is None else spec.duration_sec
-    known = [t for t in (spec.duration_sec, log.input_duration_sec) if t is not None]
-    return min(known, default=None)
+    if log.input_duration_sec is None:
+        # A file that does not say how long it is may be short; a stream has to last.
+        return spec.duration_sec if isinstance(spec.source, UrlInput) else None
+    if log.streams_left_out and not input_is_damaged(log):
+        return None
+    if spec.duration_sec is None:
+        return log.input_duration_sec
+    return min(spec.duration_sec, log.input_duration_sec)
 
 
 def check_output(
@@ -95,16 +105,17 @@ def check_output(
     do not know their own.
     """
     damaged = input_is_damaged(log)
-    if not media.has_video and log.input_has_video is False:
-        raise JobError(Reason.INPUT_ERROR, "the input has no video stream")
+    if log.input_has_video is False:
+        raise JobError(Reason.INPUT_ERROR, NO_VIDEO)
     if not media.has_video or not media.decodes:
         what = "a frame that can be decoded" if media.has_video else "a video stream"
         raise _fault(damaged, f"the output is without {what}", log)
     length = encoded_sec if media.duration_sec is None else media.duration_sec
+    if damaged and length is not None and media.video_duration_sec is not None:
+        # Sound goes on where the picture is lost.
+        length = min(length, media.video_duration_sec)
     if expected_sec is None or length is None:
         return
-    if spec.muxer in WITHOUT_AUDIO and spec.duration_sec is None and not damaged:
-        return  # the input's length may be that of its audio, which this container leaves out
     frame_rate = media.frame_rate or 30.0
     tolerance = max(_TOLERANCE_SEC, 2 / frame_rate, _TOLERANCE_SHARE * expected_sec)
     # A job of a fraction of a second must not get away with next to nothing.
@@ -119,6 +130,14 @@ def _fault(damaged: bool, sentence: str, log: LogFacts) -> JobError:
     if damaged:
         return JobError(Reason.INPUT_ERROR, f"{sentence}: the input is damaged or cut off{said}")
     return JobError(Reason.RUNTIME_ERROR, sentence + said)
+
+
+def _video_seconds(video: Mapping[str, object]) -> float | None:
+    """The length of a stream; Matroska has it in a tag, as 00:01:02.500000000."""
+    tag = _object(video.get("tags")).get("DURATION")
+    if isinstance(tag, str) and (match := re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", tag, re.A)):
+        return _float(int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]))
+    return _float(video.get("duration"))
 
 
 def _object(value: object) -> Mapping[str, object]:

@@ -87,9 +87,14 @@ class LogFacts:
     last_error: str | None = None
     """The line that says most about why ffmpeg failed."""
     input_duration_sec: float | None = None
-    """Of the first input, as its header claims; None if unknown or only guessed by ffmpeg."""
+    """How much there is of the first input, as its header claims; None if unknown or guessed."""
     input_has_video: bool | None = None
-    """None if no input could be opened."""
+    """A cover picture is none. None if no input could be opened."""
+    streams_left_out: bool = False
+    """Whether the first input has streams that were not used, and may be the longest."""
+    bytes_read: int | None = None
+    bytes_written: int | None = None
+    """By ffmpeg's own count, buffers and page cache aside; None if it did not get to its end."""
     bench_cpu_seconds: float | None = None
     bench_maxrss_bytes: int | None = None
     stopped_by_signal: int | None = None
@@ -100,7 +105,17 @@ _TAGGED = re.compile(
     r"(?P<prefix>(?:\[[^\]\n]{1,80} @ 0x[0-9a-f]+\] )*)\[(?:error|fatal|panic)\] (?P<text>.*)"
 )
 _POINTER = re.compile(r" @ 0x[0-9a-f]+\]")
-_DURATION = re.compile(r"\[info\]   Duration: (\d+):(\d\d):(\d\d(?:\.\d+)?),", re.A)
+_INPUT = re.compile(r"\[info\] Input #\d+, (.{1,100}?), from ", re.A)
+_DURATION = re.compile(
+    r"\[info\]   Duration: (\d+):(\d\d):(\d\d(?:\.\d+)?),(?: start: (-?\d+\.\d+))?", re.A
+)
+_MAPPED = re.compile(r"\[info\]   Stream #0:\d+ -> #", re.A)
+_STATISTICS = re.compile(r"\[verbose\] Statistics: (\d{1,18}) bytes (read|written)", re.A)
+# No header of these says how long they are: ffmpeg subtracts the first time stamp from the last,
+# which is wrong where time stamps jump (joined recordings, a clock that starts anew).
+_WITHOUT_DURATION = frozenset({"mpegts", "mpeg", "mpegtsraw"})
+# These count the time before their first frame as well.
+_COUNTED_FROM_ZERO = frozenset({"matroska,webm", "flv"})
 _BENCH_TIME = re.compile(r"bench: utime=(\d{1,9}\.\d+)s stime=(\d{1,9}\.\d+)s", re.A)
 _BENCH_RSS = re.compile(r"bench: maxrss=(\d{1,15})kB", re.A)
 _SIGNAL = re.compile(r"Exiting normally, received signal (\d{1,2})\.", re.A)
@@ -136,36 +151,51 @@ def read_log(text: str) -> LogFacts:
     cpu: float | None = None
     rss: int | None = None
     signal: int | None = None
-    in_input, inputs = False, 0
+    in_input, inputs, container = False, 0, ""
+    streams = mapped = 0
+    moved: dict[str, int] = {}
     for line in text[-_MAX_TEXT:].splitlines():
         if match := _TAGGED.match(line):
             cleaned = _POINTER.sub("]", match["prefix"]) + match["text"]
             errors.append(plain(cleaned))
             continue
-        if "[info] Input #" in line:
-            inputs, in_input = inputs + 1, True
+        if match := _INPUT.match(line):
+            inputs, in_input, container = inputs + 1, True, match[1]
             has_video = has_video or False
         elif "[info] Output #" in line or "[info] Stream mapping" in line:
             in_input = False
-        elif in_input and "[info]   Stream #" in line and " Video: " in line:
-            has_video = has_video or "(attached pic)" not in line
+        elif in_input and "[info]   Stream #" in line:
+            streams += 1
+            if " Video: " in line:
+                has_video = has_video or "(attached pic)" not in line
+        elif _MAPPED.match(line):
+            mapped += 1
         elif in_input and inputs == 1 and (match := _DURATION.search(line)):
             duration = int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+            if container in _COUNTED_FROM_ZERO:
+                duration -= max(0.0, float(match[4] or 0))
+            if container in _WITHOUT_DURATION:
+                guessed = True
         elif "Estimating duration from bitrate" in line:
             guessed = True
+        elif match := _STATISTICS.search(line):
+            moved[match[2]] = moved.get(match[2], 0) + int(match[1])
         elif match := _BENCH_TIME.search(line):
             cpu = float(match[1]) + float(match[2])
         elif match := _BENCH_RSS.search(line):
             rss = int(match[1]) * 1024
         elif match := _SIGNAL.search(line):
             signal = int(match[1])
-    if duration is not None and not duration < 1e9:
+    if duration is not None and not 0 < duration < 1e9:
         duration = None
     return LogFacts(
         errors=_bounded(errors),
         last_error=most_telling(errors),
         input_duration_sec=None if guessed else duration,
         input_has_video=has_video,
+        streams_left_out=streams > mapped,
+        bytes_read=moved.get("read"),
+        bytes_written=moved.get("written"),
         bench_cpu_seconds=cpu,
         bench_maxrss_bytes=rss,
         stopped_by_signal=signal,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -12,13 +13,14 @@ from worker.jobs.judge import UsageLike
 from worker.jobs.outcome import Outcome, error_text
 from worker.jobs.parse import parse_labels
 from worker.jobs.probe import Media
-from worker.jobs.progress import LogFacts, Progress
+from worker.jobs.progress import Progress
 from worker.jobs.sla import Sla, sla
 from worker.jobs.spec import JobSpec
 from worker.jobs.text import is_url, plain, redact, shortened
 from worker.master.wire import Job, JobResult
 
 MAX_LOG_BYTES = 64 * 1024
+_VERBOSE = re.compile(r"^(?:\[[^\]\n]{1,80} @ 0x[0-9a-f]+\] )*\[(?:verbose|debug|trace)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,11 @@ class JobRun:
     spec: JobSpec | None = None
     """None if the job could not be understood."""
     unit: str = ""
-    """The transcode's unit; empty if it was never started."""
+    """The transcode's, or that of the input if it came to no transcode; empty without any."""
     transcode_sec: float | None = None
     usage: UsageLike | None = None
-    """Of the transcode."""
+    """Of that unit."""
     progress: Progress | None = None
-    log: LogFacts = field(default_factory=LogFacts)
     media: Media | None = None
     """The output, as probed."""
     input_bytes: int | None = None
@@ -54,6 +55,7 @@ class JobRun:
     command: tuple[str, ...] = ()
     """Of the transcode."""
     log_tail: str = ""
+    """What ffmpeg said, in whole lines; no more than fits into memory with ease."""
 
 
 def build_result(run: JobRun, outcome: Outcome) -> JobResult:
@@ -134,11 +136,9 @@ def _figures(run: JobRun) -> dict[str, Any]:
         figures["bitrate"] = f"{round(bitrate / 1000)}k"  # the form in which clients give it
         figures["bitrate_bps"] = round(bitrate)
     figures["bandwidth_mbps"] = bandwidth_mbps(run)
-    cpu = usage.cpu_seconds if usage else None
-    peak = usage.memory_peak_bytes if usage else None
     figures |= {
-        "cpu_seconds": _larger(cpu, run.log.bench_cpu_seconds),
-        "memory_peak_bytes": run.log.bench_maxrss_bytes if peak is None else peak,
+        "cpu_seconds": usage.cpu_seconds if usage else None,
+        "memory_peak_bytes": usage.memory_peak_bytes if usage else None,
         "io_read_bytes": usage.io_read_bytes if usage else None,
         "io_write_bytes": usage.io_write_bytes if usage else None,
     }
@@ -150,11 +150,6 @@ def bandwidth_mbps(run: JobRun) -> float | None:
     if not run.transcode_sec or (run.input_bytes is None and run.output_bytes is None):
         return None
     return ((run.input_bytes or 0) + (run.output_bytes or 0)) * 8 / 1e6 / run.transcode_sec
-
-
-def _larger(one: float | None, other: float | None) -> float | None:
-    """Both count up, and either may have been read too early."""
-    return max((value for value in (one, other) if value is not None), default=None)
 
 
 def verdict_of(run: JobRun, outcome: Outcome) -> Sla:
@@ -211,13 +206,11 @@ def _logs(run: JobRun) -> str | None:
     if run.command:
         words = (redact(word) if is_url(word) else plain(word, 4096) for word in run.command)
         command = shortened("$ " + shlex.join(words), MAX_LOG_BYTES // 16)
-    lines = run.log_tail[-MAX_LOG_BYTES:].splitlines()
-    if len(run.log_tail) > MAX_LOG_BYTES:
-        # The first line lost its beginning, and with it what would mark a secret as one.
-        lines = lines[1:]
     room = MAX_LOG_BYTES - len(command.encode())
     kept: list[str] = []
-    for line in reversed(lines):
+    for line in reversed(run.log_tail.splitlines()):
+        if _VERBOSE.search(line):
+            continue  # there for its figures alone, and nobody has looked for secrets in it
         safe = redact(plain(line, 2000))
         room -= len(safe.encode()) + 1
         if room < 0:

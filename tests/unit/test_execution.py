@@ -1,0 +1,484 @@
+"""One job through its units, with a launcher that plays what a test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from worker import workspace
+from worker.config import Settings
+from worker.errors import JobError, Reason, SystemdError
+from worker.execution import Execution
+from worker.jobs.capabilities import TYPICAL
+from worker.jobs.outcome import Intent
+from worker.master.wire import Job, JobResult
+from worker.node import disk
+from worker.node.disk import DiskUsage
+from worker.steps import Programs
+from worker.systemd.launch import Launch
+from worker.systemd.launcher import Launcher
+from worker.systemd.state import UnitState
+from worker.systemd.usage import Usage
+
+DONE = UnitState(
+    load_state="loaded",
+    active_state="active",
+    sub_state="exited",
+    result="success",
+    exec_main_code=1,
+    exec_main_start_usec=1_000_000,
+    exec_main_exit_usec=3_000_000,
+)
+FAILED = replace(
+    DONE, active_state="failed", sub_state="failed", result="exit-code", exec_main_status=1
+)
+KILLED = replace(FAILED, result="signal", exec_main_code=2, exec_main_status=9)
+STOPPED = replace(FAILED, exec_main_status=255)
+
+LOG = """\
+[info] Input #0, mov,mp4,m4a,3gp,3g2,mj2, from 'file:/in.mp4':
+[info]   Duration: 00:00:10.00, start: 0.000000, bitrate: 666 kb/s
+[info]   Stream #0:0: Video: h264, yuv420p
+[info]   Stream #0:0 -> #0:0 (h264 (native) -> h264 (libx264))
+[info] bench: utime=1.500s stime=0.500s rtime=0.061s
+[info] bench: maxrss=57420kB
+[AVIOContext @ 0x55] [verbose] Statistics: 4321 bytes read, 0 seeks
+[AVIOContext @ 0x56] [verbose] Statistics: 7000 bytes written, 0 seeks
+"""
+PROGRESS = "frame=300\nfps=150.0\nout_time_us=10000000\nspeed=5.0x\nprogress=end\n"
+ANSWER = {
+    "streams": [{"codec_type": "video", "codec_name": "h264", "width": 640, "height": 360,
+                 "avg_frame_rate": "30/1", "nb_frames": "300"}],
+    "frames": [{"media_type": "video"}],
+    "format": {"format_name": "mp4", "duration": "10.0", "size": "7", "bit_rate": "800"},
+}  # fmt: skip
+BACKSTAGE = {"input": "-input.service", "probe": "-probe.service"}
+
+
+def step_of(launch: Launch) -> str:
+    found = [step for step, end in BACKSTAGE.items() if launch.unit.endswith(end)]
+    return found[0] if found else "main"
+
+
+class Scene:
+    """What the unit of one step does: the files it leaves, and how it ends."""
+
+    def __init__(
+        self,
+        state: UnitState | Exception = DONE,
+        *,
+        stdout: str = PROGRESS,
+        log: str = LOG,
+        output: str | None = "7 bytes",
+        waits: bool = False,
+        usage: Usage | None = None,
+    ) -> None:
+        self.state, self.stdout, self.log, self.output = state, stdout, log, output
+        self.waits, self.usage = waits, usage or Usage()
+
+    def play(self, launch: Launch) -> None:
+        launch.stdout.write_text(self.stdout)
+        report = launch.environment["FFREPORT"].removeprefix("file=").removesuffix(":level=40")
+        Path(report).write_text(self.log)
+        if self.output is not None:
+            Path(launch.argv[-1].removeprefix("file:")).write_text(self.output)
+
+
+class FakeUnit:
+    def __init__(self, theatre: Theatre, launch: Launch, scene: Scene) -> None:
+        self.launch, self.name, self.started = launch, launch.unit, True
+        self.state = replace(DONE, sub_state="running", main_pid=7, control_group="/x")
+        self._theatre, self._scene = theatre, scene
+        self._ended = asyncio.Event()
+        if not scene.waits:
+            self._ended.set()
+
+    async def finished(self) -> UnitState:
+        await self._ended.wait()
+        if isinstance(self._scene.state, Exception):
+            raise self._scene.state
+        self.state = self._scene.state
+        return self.state
+
+    def sample(self) -> Usage:
+        return Usage()
+
+    async def usage(self) -> Usage:
+        return self._scene.usage
+
+    async def stop(self) -> None:
+        self._theatre.stopped.append(self.name)
+        self._scene.state = STOPPED
+        self._ended.set()
+
+    async def reap(self) -> None:
+        await asyncio.sleep(0)
+        self._theatre.loaded.discard(self.name)
+        if self._theatre.reap_error:
+            raise self._theatre.reap_error
+
+
+class Theatre:
+    """A launcher whose units do what ``scenes`` has for their step."""
+
+    def __init__(self) -> None:
+        self.scenes: dict[str, Scene] = {
+            "input": Scene(output="test input"),
+            "main": Scene(),
+            "probe": Scene(stdout=json.dumps(ANSWER), log="", output=None),
+        }
+        self.launches: list[Launch] = []
+        self.loaded: set[str] = set()
+        self.stopped: list[str] = []
+        self.started = asyncio.Event()
+        self.on_start: Callable[[str], None] = lambda step: None
+        self.refusal: Exception | None = None
+        self.reap_error: Exception | None = None
+
+    async def start(self, launch: Launch) -> FakeUnit:
+        await asyncio.sleep(0)
+        if self.refusal:
+            raise self.refusal
+        scene = self.scenes[step_of(launch)]
+        self.launches.append(launch)
+        self.loaded.add(launch.unit)
+        scene.play(launch)
+        self.on_start(step_of(launch))
+        self.started.set()
+        return FakeUnit(self, launch, scene)
+
+    @property
+    def steps(self) -> list[str]:
+        return [step_of(launch) for launch in self.launches]
+
+
+@pytest.fixture
+def theatre(monkeypatch: pytest.MonkeyPatch) -> Theatre:
+    plenty = DiskUsage(total=2**50, used=0, available=2**50)
+    monkeypatch.setattr(disk, "usage", lambda folder: plenty)
+    return Theatre()
+
+
+@pytest.fixture
+def make(theatre: Theatre, tmp_path: Path) -> Callable[..., Execution]:
+    def make(parameters: Any = None, programs: Programs | None = None, **more: Any) -> Execution:
+        (tmp_path / "work").mkdir(exist_ok=True)
+        job = Job(id="j", scenario="640x360p30-h264", parameters=parameters or {})
+        return Execution(
+            job,
+            node_id="n",
+            launcher=cast("Launcher", theatre),
+            capabilities=TYPICAL,
+            programs=programs or Programs("/usr/bin/ffmpeg", "/usr/bin/ffprobe"),
+            settings=Settings(work_dir=tmp_path / "work", node_name="node", **more),
+        )
+
+    return make
+
+
+async def finish(execution: Execution, theatre: Theatre) -> JobResult:
+    """Run it; whatever became of it, no unit is left, and the folder stays until close()."""
+    result = await asyncio.wait_for(execution.run(), 10)
+    assert theatre.loaded == set()
+    folder = execution._settings.work_dir / "jobs/j"
+    assert list(folder.glob("*")) == []
+    execution.close()
+    execution.close()
+    assert not folder.exists()
+    return result
+
+
+async def test_the_way_of_a_job(
+    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path
+) -> None:
+    target = tmp_path / "out.mp4"
+    execution = make({"output": str(target)})
+    result = await finish(execution, theatre)
+
+    assert (result.status, result.error) == ("completed", None)
+    assert theatre.steps == ["input", "main", "probe"]
+    assert target.read_text() == "7 bytes"
+    assert result.metrics is not None
+    figures = {
+        "frames_encoded": 300, "output_file_bytes": 7, "input_file_bytes": len("test input"),
+        "cpu_seconds": 2.0, "memory_peak_bytes": 57420 * 1024, "transcode_duration_sec": 2.0,
+        "io_read_bytes": 4321, "io_write_bytes": 7000, "unit": "ffmpeg-job-j.service",
+    }  # fmt: skip
+    assert {key: result.metrics[key] for key in figures} == figures
+    assert "verbose" not in (result.logs or "")
+
+
+async def test_the_folder_is_held_until_the_report_has_arrived(
+    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path
+) -> None:
+    execution = make()
+    await execution.run()
+    assert list(workspace.abandoned(tmp_path / "work/jobs")) == []
+    assert (tmp_path / "work/jobs/j").is_dir()
+    execution.close()
+    assert not (tmp_path / "work/jobs/j").exists()
+
+
+async def test_memory_is_never_above_its_limit(
+    make: Callable[..., Execution], theatre: Theatre
+) -> None:
+    # ffmpeg's own figure counts shared libraries, which others may have paid for.
+    result = await finish(make({"resource_limits": {"max_memory_mb": 24}}), theatre)
+    assert result.metrics is not None
+    assert result.metrics["memory_peak_bytes"] == 24 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("step", "scene", "reason", "words", "steps"),
+    [
+        ("input", Scene(FAILED, log="[error] boom"), "runtime_error", "generating the input", 1),
+        ("input", Scene(output=None), "runtime_error", "no test input", 1),
+        ("main", Scene(FAILED, log="[error] a: Invalid data found when processing input"),
+         "input_error", "Invalid data", 2),
+        ("main", Scene(KILLED, usage=Usage(oom_kills=1, memory_limit_hits=1)),
+         "resource_error", "memory limit of 2048 MB", 2),
+        ("main", Scene(output=None), "runtime_error", "left no output", 2),
+        ("main", Scene(SystemdError("lost")), "platform_error", "lost", 2),
+        ("main", Scene(RuntimeError("bug")), "platform_error", "internal error", 2),
+        ("main", Scene(UnitState(load_state="not-found")), "platform_error", "lost the unit", 2),
+        ("probe", Scene(FAILED, stdout="", log="", output=None), "runtime_error", "ffprobe", 3),
+        ("probe", Scene(stdout="{}", log="", output=None), "runtime_error", "video stream", 3),
+        ("probe", Scene(KILLED, log="", output=None, usage=Usage(oom_kills=1)),
+         "resource_error", "probing the output failed", 3),
+        ("probe", Scene(SystemdError("refused"), log="", output=None),
+         "platform_error", "refused", 3),
+    ],
+)  # fmt: skip
+async def test_every_step_may_fail(
+    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path,
+    step: str, scene: Scene, reason: str, words: str, steps: int,
+) -> None:  # fmt: skip
+    theatre.scenes[step] = scene
+    target = tmp_path / "out.mp4"
+    result = await finish(make({"output": str(target)}), theatre)
+
+    assert result.status == "failed"
+    assert result.error is not None
+    assert result.error.startswith(f"{reason}: ")
+    assert words in result.error
+    assert len(theatre.steps) == steps
+    assert not target.exists()
+
+
+async def test_a_failed_step_tells_what_it_used(
+    make: Callable[..., Execution], theatre: Theatre
+) -> None:
+    used = Usage(cpu_seconds=1.5, memory_peak_bytes=5, io_read_bytes=6, io_write_bytes=1)
+    theatre.scenes["main"] = Scene(KILLED, log="", usage=used)
+    result = await finish(make(), theatre)
+    assert result.metrics is not None
+    assert result.metrics["cpu_seconds"] == 1.5
+    assert result.metrics["io_write_bytes"] == len("7 bytes"), "what a killed ffmpeg left"
+
+    theatre.scenes["input"] = Scene(KILLED, log="", usage=used)
+    result = await finish(make(), theatre)
+    assert result.metrics is not None
+    assert result.metrics["unit"] == "ffmpeg-job-j-input.service"
+    assert result.metrics["cpu_seconds"] == 1.5
+    assert "transcode_duration_sec" not in result.metrics
+
+
+async def test_a_node_without_ffmpeg(make: Callable[..., Execution], theatre: Theatre) -> None:
+    result = await finish(make(programs=Programs("", "/usr/bin/ffprobe")), theatre)
+    assert result.error is not None
+    assert result.error.startswith("platform_error: ffmpeg not found")
+    assert theatre.steps == []
+
+
+async def test_systemd_refuses(make: Callable[..., Execution], theatre: Theatre) -> None:
+    theatre.refusal = SystemdError("StartTransientUnit: no", "org.x")
+    result = await finish(make(), theatre)
+    assert result.error == "platform_error: StartTransientUnit: no"
+
+
+async def test_a_unit_that_cannot_be_reaped_is_named(
+    make: Callable[..., Execution], theatre: Theatre, caplog: pytest.LogCaptureFixture
+) -> None:
+    for error in (SystemdError("stuck"), RuntimeError("bug")):
+        theatre.reap_error = error
+        result = await finish(make(), theatre)
+        assert result.status == "completed"
+    assert "ffmpeg-job-j.service is left over: stuck" in caplog.text
+    assert "clean-up failed" in caplog.text
+
+
+async def test_stopped_before_it_began(make: Callable[..., Execution], theatre: Theatre) -> None:
+    execution = make()
+    execution.stop(Intent.SHUTDOWN)
+    result = await finish(execution, theatre)
+    assert result.error is not None
+    assert "the worker was stopped" in result.error
+    assert theatre.steps == []
+
+
+@pytest.mark.parametrize("step", ["input", "main", "probe"])
+async def test_stopped_while_a_unit_runs(
+    make: Callable[..., Execution], theatre: Theatre, step: str
+) -> None:
+    theatre.scenes[step].waits = True
+    execution = make()
+    running = asyncio.create_task(finish(execution, theatre))
+    while step not in theatre.steps:
+        theatre.started.clear()
+        await theatre.started.wait()
+    await asyncio.sleep(0)
+    execution.stop(Intent.CANCELLED)
+    execution.stop(Intent.SHUTDOWN)  # the first word counts
+
+    result = await running
+    assert result.error == "platform_error: the job was cancelled"
+    assert theatre.steps[-1] == step
+    assert len(theatre.stopped) == 1
+
+
+@pytest.mark.parametrize("step", ["input", "main", "probe"])
+async def test_stopped_while_systemd_starts_a_unit(
+    make: Callable[..., Execution], theatre: Theatre, step: str
+) -> None:
+    execution = make()
+    theatre.scenes[step].waits = True
+
+    def stop(started: str) -> None:
+        if started == step:
+            execution.stop(Intent.CANCELLED)
+
+    theatre.on_start = stop
+    result = await finish(execution, theatre)
+    assert result.error == "platform_error: the job was cancelled"
+    assert theatre.steps[-1] == step
+    assert len(theatre.stopped) == 1
+
+
+async def test_a_stop_that_comes_too_late_changes_nothing(
+    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    execution = make({"output": str(tmp_path / "out.mp4")})
+    publish = workspace.publish
+
+    def stop_and_publish(*args: Any, **more: Any) -> int:
+        execution.stop(Intent.CANCELLED)
+        return publish(*args, **more)
+
+    monkeypatch.setattr(workspace, "publish", stop_and_publish)
+    assert (await finish(execution, theatre)).status == "completed"
+    assert (tmp_path / "out.mp4").exists()
+
+
+async def test_cancelling_the_task_leaves_no_unit(
+    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path
+) -> None:
+    theatre.scenes["main"].waits = True
+    execution = make()
+    running = asyncio.create_task(execution.run())
+    while "main" not in theatre.steps:
+        theatre.started.clear()
+        await theatre.started.wait()
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert theatre.loaded == set()
+    assert list((tmp_path / "work/jobs/j").iterdir()) == []
+    execution.close()
+
+
+async def test_disk_space_that_cannot_be_seen(
+    make: Callable[..., Execution], theatre: Theatre, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> DiskUsage:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(disk, "usage", fail)
+    result = await asyncio.wait_for(make().run(), 10)
+    assert result.error is not None
+    assert result.error.startswith("platform_error: cannot see how much disk space")
+    assert "Input/output error" in result.error
+
+
+async def test_a_disk_limit_that_does_not_fit(
+    make: Callable[..., Execution], theatre: Theatre, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "usage", lambda folder: DiskUsage(10 * 2**20, 0, 10 * 2**20))
+    result = await asyncio.wait_for(make({"resource_limits": {"max_disk_mb": 11}}).run(), 10)
+    assert result.error is not None
+    assert result.error.startswith("resource_error: the job may need 11 MB of disk, but only 10 MB")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError(28, "No space left on device"), "resource_error"),
+     (OSError(5, "Input/output error"), "platform_error"),
+     (JobError(Reason.RESOURCE_ERROR, "full"), "resource_error")],
+)  # fmt: skip
+async def test_a_disk_that_fails_while_publishing(
+    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str,
+) -> None:  # fmt: skip
+    def fail(*args: Any, **more: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(workspace, "publish", fail)
+    result = await finish(make({"output": str(tmp_path / "out.mp4")}), theatre)
+    assert result.error is not None
+    assert result.error.startswith(f"{reason}: ")
+
+
+@pytest.mark.parametrize("persist", [False, True])
+async def test_what_is_kept(
+    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path, persist: bool
+) -> None:
+    await finish(make(persist_inputs=persist, persist_outputs=persist), theatre)
+    kept = {path.name for path in (tmp_path / "work").iterdir() if path.is_file()}
+    assert kept == ({"input_j.mp4", "job_j_output.mp4"} if persist else set())
+
+
+async def test_no_secret_of_a_url_is_told(
+    make: Callable[..., Execution], theatre: Theatre, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = "http://user:hunter2@h/x.mp4?token=hunter3"
+    theatre.scenes["main"] = Scene(FAILED, log=f"[info] {url}\n[error] {url}: Connection refused\n")
+    execution = make({"input": url})
+    result = await finish(execution, theatre)
+    assert result.error is not None
+    assert result.error.startswith("network_error: ")
+    [launch] = theatre.launches
+    told = result.model_dump_json() + caplog.text + launch.description + str(launch.journal_fields)
+    assert "hunter" not in told
+    assert "level+quiet" in launch.argv, "standard error goes to the journal"
+
+
+async def test_progress_is_told_and_logged(
+    make: Callable[..., Execution], theatre: Theatre, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.steps.SAMPLE_SECONDS", 0.01)
+    told: list[str] = []
+    execution = make()
+    seen = asyncio.Event()
+
+    def show(shown: Execution) -> None:
+        told.append(shown.progress_text())
+        seen.set()
+
+    execution._on_progress = show
+    theatre.scenes["main"] = Scene(waits=True, stdout=PROGRESS.replace("end", "continue"))
+    assert execution.progress_text() == "generating the input: starting"
+    running = asyncio.create_task(execution.run())
+    await asyncio.wait_for(seen.wait(), 10)
+    execution.stop(Intent.CANCELLED)
+    await running
+    assert told[0] == "transcoding: frame 300, 150 fps, speed 5.00x, 100 %"
+    execution.close()
