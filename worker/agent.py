@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
 import logging
+import os
 import signal
+from collections.abc import Coroutine
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from worker import __version__, workspace
 from worker.config import Settings
@@ -15,7 +18,7 @@ from worker.errors import Reason, SystemdError
 from worker.execution import Execution
 from worker.jobs.outcome import Outcome
 from worker.jobs.report import JobRun, build_result
-from worker.leftovers import Leftovers
+from worker.leftovers import Acceptance, Records, Remains
 from worker.master.client import MasterClient
 from worker.master.delivery import deliver
 from worker.master.retry import Backoff, Throttle
@@ -34,7 +37,14 @@ logger = logging.getLogger(__name__)
 BUS_PATIENCE_SEC = 30.0
 DISK_WARN_RATIO = 0.90
 DISK_FULL_RATIO = 0.95
-STATUS_SECONDS = 1.0
+STATUS_SECONDS = 5.0
+CLOSE_SECONDS = 3.0
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """Told to stop before the work has begun."""
 
 
 class Agent:
@@ -51,7 +61,6 @@ class Agent:
         self._hurry = asyncio.Event()
         self._disk_complaint = Throttle(600.0)
         self._session: NodeSession | None = None
-        self._dispatcher: Dispatcher | None = None
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT. Raises WorkerError where that cannot even begin."""
@@ -59,23 +68,44 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, number)
         settings = self._settings
+        workspace.require_work_dir(settings.work_dir)
+        records = Records(settings.work_dir)
         server = None
-        if settings.metrics_port:
-            server = Server(
-                self._metrics,
-                self.readiness,
-                address=settings.metrics_addr,
-                port=settings.metrics_port,
-            )
-            server.start()
         try:
-            workspace.require_work_dir(settings.work_dir)
-            await connect(self._launcher)
-            await self._work()
+            if settings.metrics_port:
+                server = Server(
+                    self._metrics,
+                    self.readiness,
+                    address=settings.metrics_addr,
+                    port=settings.metrics_port,
+                )
+                server.start()
+            await self._unless_stopped(connect(self._launcher))
+            await self._work(records)
+        except Stopped:
+            logger.info("stopped before any job was taken")
         finally:
-            await self._launcher.close()
+            try:
+                await asyncio.wait_for(self._launcher.close(), CLOSE_SECONDS)
+            except TimeoutError:
+                logger.warning("systemd did not answer in time; units may be left over")
             if server is not None:
                 server.stop()
+            records.close()
+
+    async def _unless_stopped(self, work: Coroutine[None, None, T]) -> T:
+        """The result of a part of the start; raises Stopped as soon as we are told to stop."""
+        task = asyncio.create_task(work)
+        told = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({task, told}, return_when="FIRST_COMPLETED")
+            if not task.done():
+                raise Stopped
+            return task.result()
+        finally:
+            for unfinished in (task, told):
+                unfinished.cancel()
+            await asyncio.gather(task, told, return_exceptions=True)
 
     def readiness(self) -> list[str]:
         """Why this node takes no jobs now; empty when it does. Called from other threads."""
@@ -89,17 +119,20 @@ class Agent:
         elif not self._session.registered:
             trouble = self._session.last_error
             reasons.append(f"not registered: {trouble}" if trouble else "registering")
-        if full := self._disk_full():
-            reasons.append(full)
+        elif self._session.last_error:
+            reasons.append(self._session.last_error)
+        if unusable := self._disk_unusable():
+            reasons.append(unusable)
         return reasons
 
-    async def _work(self) -> None:
+    async def _work(self, records: Records) -> None:
         settings = self._settings
         logger.info("ffmpeg-worker %s, systemd %d", __version__, self._launcher.version)
-        leftovers = Leftovers(settings.work_dir / "jobs", self._launcher)
-        await leftovers.stop()
+        left = records.left()
+        remains = Remains(settings.work_dir, self._launcher, [entry.job for entry in left])
+        await self._unless_stopped(remains.clear())
         self._notifier.ready("starting")
-        facts = await gather(systemd_version=self._launcher.version)
+        facts = await self._unless_stopped(gather(systemd_version=self._launcher.version))
         self._metrics.set_encoders(facts.encoders.proven, has_gpu=facts.capabilities.has_gpu)
         programs = Programs.find()
         key = settings.master_api_key
@@ -116,7 +149,9 @@ class Agent:
                 facts.registration(settings.node_name),
                 heartbeat_interval=settings.heartbeat_interval,
                 on_heartbeat=self._metrics.heartbeat,
+                on_answer=self._metrics.set_master_up,
                 in_doubt=True,
+                run_by_others=remains.run_by_others,
             )
 
             def execute(job: Job) -> Execution:
@@ -129,30 +164,31 @@ class Agent:
                     settings=settings,
                 )
 
-            async def report(job: Job, result: JobResult) -> None:
-                await deliver(client, job, result)
+            async def report(job: Job, result: JobResult, *, maybe_landed: bool) -> None:
+                await deliver(
+                    client, job, result, maybe_landed=maybe_landed, node_ids=session.node_ids
+                )
 
-            dispatcher = self._dispatcher = Dispatcher(
+            dispatcher = Dispatcher(
                 slots=settings.max_concurrent_jobs,
                 poll_interval=settings.poll_interval,
                 source=session,
                 execute=execute,
-                deliver=lambda job, result: deliver(client, job, result),
+                deliver=report,
+                records=records,
                 blocked=self._blocked,
                 metrics=self._metrics,
             )
-            await self._serve(client, session, dispatcher, leftovers)
+            for entry in left:
+                session.remember(entry.job)
+            await self._serve(session, dispatcher, left)
 
     async def _serve(
-        self,
-        client: MasterClient,
-        session: NodeSession,
-        dispatcher: Dispatcher,
-        leftovers: Leftovers,
+        self, session: NodeSession, dispatcher: Dispatcher, left: list[Acceptance]
     ) -> None:
         """Take jobs until told to stop; heartbeats go on until the last report is off."""
         heartbeats = asyncio.create_task(session.run(), name="heartbeats")
-        polling = asyncio.create_task(self._poll(client, session, dispatcher, leftovers))
+        polling = asyncio.create_task(self._poll(session, dispatcher, left), name="polling")
         status = asyncio.create_task(self._tell_status(session, dispatcher), name="status")
         told = asyncio.create_task(self._stop.wait(), name="stop")
         tasks = (heartbeats, polling, status, told)
@@ -176,25 +212,25 @@ class Agent:
                 raise result
 
     async def _poll(
-        self,
-        client: MasterClient,
-        session: NodeSession,
-        dispatcher: Dispatcher,
-        leftovers: Leftovers,
+        self, session: NodeSession, dispatcher: Dispatcher, left: list[Acceptance]
     ) -> None:
-        node_id = await session.register()
-        for job in await leftovers.jobs(client, node_id):
-            logger.warning("job %s: the worker ended while it ran; reporting it failed", job.id)
-            dispatcher.report(
-                job, self._restarted(job, node_id), functools.partial(leftovers.forget, job)
-            )
+        # The master knows the node again before it hears of its jobs: a report first could make
+        # it give us a new id (it does so for a node whose job has just been queued again).
+        await session.register()
+        for job, result in ((entry.job, entry.result) for entry in left):
+            if result is not None:
+                logger.info("job %s: its result was not delivered yet", job.id)
+                dispatcher.report(job, result, maybe_landed=True)
+            else:
+                logger.warning("job %s: the worker ended while it ran; reporting it failed", job.id)
+                dispatcher.report(job, self._restarted(job))
         await dispatcher.run()
 
-    def _restarted(self, job: Job, node_id: str) -> JobResult:
+    def _restarted(self, job: Job) -> JobResult:
         now = datetime.now(UTC)
         run = JobRun(
             job=job,
-            node_id=node_id,
+            node_id=job.node_id,
             node_name=self._settings.node_name,
             started_at=now,
             ended_at=now,
@@ -208,8 +244,9 @@ class Agent:
         last = ""
         while True:
             used = self._disk_used()
-            self._metrics.set_disk_used(used)
-            if used >= DISK_WARN_RATIO and self._disk_complaint.due():
+            if used is not None:
+                self._metrics.set_disk_used(used)
+            if used is not None and used >= DISK_WARN_RATIO and self._disk_complaint.due():
                 logger.warning(
                     "the disk of %s is %.0f %% full; at %.0f %% no more jobs are taken",
                     self._settings.work_dir, used * 100, DISK_FULL_RATIO * 100,
@@ -220,29 +257,37 @@ class Agent:
             if line != last:
                 self._notifier.status(line)
                 last = line
-            await asyncio.sleep(STATUS_SECONDS)
+            dispatcher.changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(dispatcher.changed.wait(), STATUS_SECONDS)
 
     def _blocked(self) -> str:
         if not self._launcher.connected:
             return "no connection to systemd over D-Bus"
-        return self._disk_full()
+        return self._disk_unusable()
 
-    def _disk_full(self) -> str:
-        used = self._disk_used()
-        if used < DISK_FULL_RATIO:
-            return ""
-        return (
-            f"the disk of {self._settings.work_dir} is {used:.0%} full "
-            f"(limit {DISK_FULL_RATIO:.0%}); free some space"
-        )
+    def _disk_unusable(self) -> str:
+        """Why no job can have its files in the work directory; empty if they can."""
+        folder = self._settings.work_dir
+        try:
+            used = disk.usage(folder).used_ratio
+        except OSError as error:
+            return f"the work directory {folder}: {error.strerror}"
+        if used >= DISK_FULL_RATIO:
+            return (
+                f"the disk of {folder} is {used:.0%} full (limit {DISK_FULL_RATIO:.0%}); "
+                "free some space"
+            )
+        if not os.access(folder / "jobs", os.W_OK | os.X_OK):
+            return f"the work directory {folder / 'jobs'} is not writable"
+        return ""
 
-    def _disk_used(self) -> float:
-        """0 to 1; 1 where the work directory cannot even be looked at."""
+    def _disk_used(self) -> float | None:
+        """0 to 1; None where the work directory cannot be looked at, which readiness tells."""
         try:
             return disk.usage(self._settings.work_dir).used_ratio
-        except OSError as error:
-            logger.error("work directory %s: %s", self._settings.work_dir, error.strerror)
-            return 1.0
+        except OSError:
+            return None
 
     def _signalled(self, number: signal.Signals) -> None:
         if self._stop.is_set():

@@ -129,6 +129,7 @@ def worker() -> Iterator[Worker]:
     assert job_units() == []
     assert job_cgroups() == []
     assert [path.name for path in WORK_DIR.glob("jobs/*")] == []
+    assert [path.name for path in WORK_DIR.glob("accepted/*")] == []
 
 
 @pytest.fixture

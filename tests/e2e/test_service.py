@@ -99,6 +99,129 @@ def test_a_killed_agent_starts_no_job_twice_and_answers_for_it(
     assert master.wait(master.submit(parameters())["id"])["status"] == "completed"
 
 
+def kill(worker: Worker) -> None:
+    os.kill(int(worker.show("MainPID")), signal.SIGKILL)
+
+
+def test_a_killed_agent_answers_for_its_jobs_under_a_new_node_id_too(
+    worker: Worker, master: FakeMaster, long_job: dict[str, Any]
+) -> None:
+    worker.start(master, POLL_INTERVAL="1h")
+    job = master.submit(long_job)
+    sh("systemctl", "restart", "ffmpeg-worker.service")  # it polls once, at its start
+    running(master, job["id"])
+    with master.store.changed:
+        [first] = master.store.nodes
+        master.store.nodes[first]["current_job_id"] = None
+    master.fault("GET /jobs", "status", count=1000)
+
+    kill(worker)
+
+    ended = master.wait(job["id"], timeout=30)
+    assert ended["status"] == "failed"
+    assert "restarted" in ended["error"]
+    assert list(master.store.nodes) != [first]
+    assert len(master.results) == 1
+    until(lambda: not list(WORK_DIR.glob("accepted/*")))
+
+
+def test_a_result_survives_the_death_of_the_agent(worker: Worker, master: FakeMaster) -> None:
+    """The job was done, so it is reported completed, once, and not run again."""
+    worker.start(master)
+    master.fault("POST /results", "status", status=503, count=1000)
+    job = master.submit(parameters())
+    master.wait_for_request("POST /results")
+
+    kill(worker)
+    master.clear_faults()
+
+    assert master.wait(job["id"], timeout=30)["status"] == "completed"
+    assert len(master.results) == 1
+    sh("journalctl", "--sync")
+    unit = f"ffmpeg-job-{job['id']}.service"
+    starts = sh("journalctl", "-o", "cat", "_PID=1", f"UNIT={unit}", "-g", "^Started")
+    assert len(starts.splitlines()) == 1
+    until(lambda: not list(WORK_DIR.glob("accepted/*")))
+
+
+def test_a_second_agent_keeps_its_hands_off(
+    worker: Worker, master: FakeMaster, long_job: dict[str, Any], tmp_path: Path
+) -> None:
+    worker.start(master)
+    job = master.submit(long_job)
+    unit = running(master, job["id"])
+    started = sh("systemctl", "show", "-p", "InvocationID", unit)
+
+    def second(work_dir: Path) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "MASTER_URL": master.url,
+            "NODE_NAME": "node-a",
+            "METRICS_PORT": "0",
+            "WORK_DIR": str(work_dir),
+        }
+        return subprocess.Popen([PROGRAM], env=environment, stderr=subprocess.PIPE, text=True)
+
+    same = second(WORK_DIR)
+    _, said = same.communicate(timeout=30)
+    assert same.returncode == 1
+    assert "another worker uses the work directory" in said
+
+    other = second(tmp_path)  # as the same node, in a directory of its own
+    master.wait_for_request("GET /jobs", 2)  # the first agent has asked once, at its start
+    before = len(master.seen("GET /jobs/next"))
+    master.wait_for_request("GET /jobs/next", before + 10)
+    other.terminate()
+    _, said = other.communicate(timeout=30)
+    assert other.returncode == 0
+    assert "not ours to touch" in said
+    assert sh("systemctl", "show", "-p", "InvocationID", unit) == started
+    assert master.results == []
+    worker.stop()
+    assert [result["job_id"] for result in master.results] == [job["id"]]
+
+
+def test_a_stop_is_never_cut_short_by_systemd(
+    worker: Worker, master: FakeMaster, long_job: dict[str, Any]
+) -> None:
+    worker.start(master)
+    job = master.submit(long_job)
+    running(master, job["id"])
+    master.fault("*", "hang", count=10**6)
+    begun = time.monotonic()
+
+    worker.stop()
+
+    assert time.monotonic() - begun < 45
+    assert worker.show("Result") == "success"
+    assert job_units() == []
+    assert len(list(WORK_DIR.glob("accepted/*"))) == 1
+
+    master.clear_faults()
+    sh("systemctl", "start", "ffmpeg-worker.service")
+    assert master.wait(job["id"], timeout=30)["error"].startswith("platform_error: ")
+    assert len(master.results) == 1
+    until(lambda: not list(WORK_DIR.glob("accepted/*")))
+
+
+def test_a_key_that_is_changed_later_is_told_and_not_hammered(worker: Worker) -> None:
+    with FakeMaster(api_key="first-key-value") as master:
+        worker.start(master, MASTER_API_KEY="first-key-value")
+        until(lambda: worker.ready()[0] == 200)
+        assert worker.metric("ffmpeg_worker_master_up") == 1
+
+        master.api_key = "other"
+
+        until(lambda: worker.ready()[0] == 503)
+        assert "MASTER_API_KEY" in json.dumps(worker.ready()[1])
+        until(lambda: "MASTER_API_KEY" in worker.show("StatusText"))
+        assert worker.metric("ffmpeg_worker_master_up") == 0
+        before = len(master.requests)
+        time.sleep(2)  # ten polls
+        assert len(master.requests) <= before + 1
+        assert "first-key-value" not in worker.log()
+        worker.stop()
+
+
 def test_a_master_that_is_down_at_start_is_waited_for(worker: Worker) -> None:
     with FakeMaster() as reserved:
         port = reserved.port

@@ -144,6 +144,12 @@ class FakeMaster:
         with self.store.changed:
             self._faults.append(Fault(route, kind, **options))
 
+    def clear_faults(self) -> None:
+        """All is well from now on; requests that hang are let go."""
+        with self.store.changed:
+            self._faults.clear()
+        self.released.set()
+
     def seen(self, route: str) -> list[Request]:
         """The requests to a route (as in ``fault``), in order."""
         with self.store.changed:

@@ -72,6 +72,26 @@ class FakeSource:
             await self.changed.wait_for(lambda: self.asked >= count)
 
 
+class Record:
+    """What is on record, and all that was noted, in order."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, JobResult | None] = {}
+        self.notes: list[str] = []
+
+    def accepted(self, job: Job) -> None:
+        self.now[job.id] = None
+        self.notes.append(f"accepted {job.id}")
+
+    def ended(self, job: Job, result: JobResult) -> None:
+        self.now[job.id] = result
+        self.notes.append(f"ended {job.id}")
+
+    def settled(self, job: Job) -> None:
+        del self.now[job.id]
+        self.notes.append(f"settled {job.id}")
+
+
 class Bench:
     def __init__(self, slots: int, poll_interval: float) -> None:
         self.source = FakeSource()
@@ -80,21 +100,24 @@ class Bench:
         self.delivering = asyncio.Event()
         self.delivering.set()
         self.reason = ""
+        self.records = Record()
+        self.metrics = Metrics("node", 1)
         self.dispatcher = Dispatcher(
             slots=slots,
             poll_interval=poll_interval,
             source=self.source,
             execute=self.execute,
             deliver=self.deliver,
+            records=self.records,
             blocked=lambda: self.reason,
-            metrics=Metrics("node", 1),
+            metrics=self.metrics,
         )
 
     def execute(self, job: Job) -> Execution:
         execution = self.executions[job.id] = FakeExecution(job)
         return cast("Execution", execution)
 
-    async def deliver(self, job: Job, result: JobResult) -> None:
+    async def deliver(self, job: Job, result: JobResult, *, maybe_landed: bool = False) -> None:
         await self.delivering.wait()
         self.reported.append((job, result))
 
@@ -254,7 +277,7 @@ async def test_stopping_ends_the_jobs_and_sees_the_reports_off(
     await bench.settled(lambda: len(bench.executions) == 2)
     bench.dispatcher.stop_polling()
     await bench.dispatcher.stop(asyncio.Event())
-    assert [e.intents for e in bench.executions.values()] == [[Intent.SHUTDOWN]] * 2
+    assert {intent for e in bench.executions.values() for intent in e.intents} == {Intent.SHUTDOWN}
     assert len(bench.reported) == 2
     assert bench.dispatcher.held == set()
 
@@ -272,3 +295,134 @@ async def test_a_hurried_stop_waits_for_no_report(
     assert bench.reported == []
     assert bench.executions["a"].closed == 0, "the next run must find that it was not reported"
     assert "job a: the master did not take its result in time" in caplog.text
+
+
+async def test_a_job_is_on_record_from_acceptance_to_report(benches: Callable[..., Bench]) -> None:
+    bench = benches(job("a"))
+    bench.delivering.clear()
+    await bench.settled(lambda: "a" in bench.executions)
+    assert bench.records.now == {"a": None}
+    bench.executions["a"].ended.set()
+    await bench.settled(lambda: bench.records.now["a"])
+    bench.delivering.set()
+    await bench.settled(lambda: not bench.records.now)
+    assert bench.records.notes == ["accepted a", "ended a", "settled a"]
+
+
+async def test_an_old_report_does_not_take_a_new_acceptance_off_the_record(
+    benches: Callable[..., Bench],
+) -> None:
+    bench = benches(job("a"))
+    bench.delivering.clear()
+    await bench.settled(lambda: "a" in bench.executions)
+    first = bench.executions["a"]
+    bench.source.answers.append(job("a", retry_count=1))
+    first.ended.set()
+    await bench.settled(lambda: bench.executions["a"] is not first)
+    bench.delivering.set()
+    await bench.settled(lambda: bench.reported)
+    await asyncio.sleep(0)
+    assert bench.records.now == {"a": None}
+    assert first.closed == 1
+
+
+async def test_a_report_that_is_cut_short_stays_on_record(benches: Callable[..., Bench]) -> None:
+    bench = benches(job("a"))
+    bench.delivering.clear()
+    await bench.settled(lambda: "a" in bench.executions)
+    hurry = asyncio.Event()
+    hurry.set()
+    bench.dispatcher.stop_polling()
+    await bench.dispatcher.stop(hurry)
+    assert bench.records.now["a"] is not None
+
+
+async def test_a_defect_in_reporting_keeps_the_job_ours(
+    benches: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = benches(job("a"))
+
+    async def broken(*_args: object, **_options: object) -> None:
+        raise RuntimeError("no")
+
+    bench.dispatcher._deliver = broken
+    await bench.settled(lambda: "a" in bench.executions)
+    bench.executions["a"].ended.set()
+    await bench.settled(lambda: "reporting it failed" in caplog.text)
+    assert bench.dispatcher.held == {"a"}
+    assert bench.records.now["a"] is not None
+
+
+@pytest.mark.parametrize("where", ["making", "running"])
+async def test_a_defect_costs_one_job_and_not_the_node(
+    benches: Callable[..., Bench], where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = benches(slots=2)
+    await bench.source.asked_times(1)
+    plain = bench.execute
+
+    def execute(job: Job) -> Execution:
+        if job.id == "bad" and where == "making":
+            raise RecursionError("too deep")
+        execution = plain(job)
+        if job.id == "bad":
+            execution.run = broken  # type: ignore[method-assign]
+        return execution
+
+    async def broken() -> JobResult:
+        raise OSError("no space")
+
+    bench.dispatcher._execute = execute
+    bench.source.answers += [job("bad", node_id="n"), job("good")]
+    bench.dispatcher._slot_freed.set()
+    await bench.settled(lambda: "good" in bench.executions and bench.reported)
+    [(_, result)] = bench.reported
+    assert result.status == "failed"
+    assert result.error is not None
+    assert result.error.startswith("platform_error: internal error")
+    assert bench.metrics._active == 1
+    assert bench.metrics._failed["platform_error"] == 1
+    assert "internal error" in caplog.text
+
+
+async def test_a_repeated_hand_out_is_said_once_a_retry(
+    benches: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    again = [job("a"), job("a"), job("a", retry_count=1), job("a", retry_count=1)]
+    bench = benches(job("a"), *again, poll_interval=0.001)
+    await bench.source.asked_times(6)
+    assert [r.levelname for r in caplog.records].count("WARNING") == 2
+
+
+async def test_a_job_that_does_not_end_does_not_hold_up_the_stop(
+    benches: Callable[..., Bench],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.dispatch.LAST_JOBS_SEC", 0.01)
+    bench = benches(job("a"))
+    await bench.settled(lambda: "a" in bench.executions)
+    bench.executions["a"].stop = lambda intent: None  # type: ignore[method-assign]
+    async with asyncio.timeout(5):
+        await bench.dispatcher.stop(asyncio.Event())
+    assert "could not be ended in time: a" in caplog.text
+    assert bench.records.now == {"a": None}, "the next run reports it"
+    assert bench.reported == []
+
+
+async def test_a_node_that_cannot_report_takes_no_more_jobs(
+    benches: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.dispatch.MOST_UNDELIVERED", 1)
+    bench = benches(job("a"), poll_interval=0.01)
+    bench.delivering.clear()
+    await bench.settled(lambda: "a" in bench.executions)
+    bench.executions["a"].ended.set()
+    await bench.settled(lambda: bench.records.now["a"])
+    asked = bench.source.asked
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert bench.source.asked == asked
+    bench.source.answers.append(job("b"))
+    bench.delivering.set()
+    await bench.settled(lambda: "b" in bench.executions)

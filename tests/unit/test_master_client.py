@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import httpx
@@ -231,3 +232,20 @@ async def test_an_id_stays_one_segment_of_the_path(job_id: str) -> None:
     assert path.count("/") == 2
     assert "?" not in path
     assert path.rpartition("/")[2] not in {".", ".."}
+
+
+async def test_reports_without_an_answer_leave_room_for_heartbeats() -> None:
+    with FakeMaster() as master:
+        master.submit({})
+        async with MasterClient(base_url=master.url) as client:
+            node = await client.register(REGISTRATION)
+            master.fault("POST /results", "hang", count=100)
+            reports = [asyncio.create_task(client.post_result(result())) for _ in range(40)]
+            await asyncio.to_thread(master.wait_for_request, "POST /results", 8)
+            async with asyncio.timeout(5):
+                await client.heartbeat(node.id)
+                assert await client.next_job(node.id) is not None
+            for report in reports:
+                report.cancel()
+            await asyncio.gather(*reports, return_exceptions=True)
+            master.released.set()

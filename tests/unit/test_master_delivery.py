@@ -407,3 +407,44 @@ async def test_what_never_left_may_be_repeated() -> None:
     result = JobResult(job_id="j", node_id="n", status="failed")
     assert isinstance(await deliver(client, Job(id="j"), result, sleep=Waits()), Delivered)
     assert len(posts) == 2
+
+
+# Nodes with more than one id, and look-ups that do not work
+
+
+async def test_a_job_that_moved_to_our_new_id_is_still_ours(bench: Bench) -> None:
+    bench.set(node_id="our-new-id")
+    outcome = await bench.delivery("failed", node_ids={"our-new-id"}).attempt()
+    assert isinstance(outcome, Delivered)
+    assert bench.posts == 1
+
+
+@pytest.mark.parametrize("kind", ["status", "garbage"])
+async def test_a_look_up_that_never_works_does_not_keep_a_report_for_ever(
+    bench: Bench, kind: Any
+) -> None:
+    bench.master.fault("GET /jobs/1", kind, count=100)
+    waits = Waits()
+    outcome = await deliver(bench.client, bench.job, bench.result("failed"), sleep=waits)
+    assert isinstance(outcome, Delivered)
+    assert len(waits.seconds) == 5
+    assert bench.posts == 1
+
+
+async def test_a_busy_master_is_waited_for_however_often_it_says_so(bench: Bench) -> None:
+    bench.master.fault("GET /jobs/1", "status", status=503, count=20)
+    waits = Waits()
+    outcome = await deliver(bench.client, bench.job, bench.result("failed"), sleep=waits)
+    assert isinstance(outcome, Delivered)
+    assert len(waits.seconds) == 20
+
+
+async def test_a_failed_report_that_may_have_landed_is_not_repeated_without_a_look(
+    bench: Bench,
+) -> None:
+    bench.master.fault("GET /jobs/1", "status", count=100)
+    outcome = await deliver(
+        bench.client, bench.job, bench.result("failed"), maybe_landed=True, sleep=Waits()
+    )
+    assert isinstance(outcome, Dropped)
+    assert bench.posts == 0

@@ -76,3 +76,19 @@ def test_a_throttle_lets_one_through_a_minute() -> None:
     assert not throttle.due()
     throttle.reset()
     assert throttle.due()
+
+
+def test_a_throttle_grows_more_patient_until_the_trouble_is_over() -> None:
+    now = 0.0
+    throttle = Throttle(60.0, 240.0, clock=lambda: now)
+    told = []
+    for ten in range(100):
+        now = 10.0 * ten
+        if throttle.due():
+            told.append(now)
+    assert told == [0, 60, 180, 420, 660, 900]
+    throttle.relax()
+    now = 950.0
+    assert not throttle.due(), "trouble that comes and goes is no news each time"
+    now = 960.0
+    assert throttle.due()

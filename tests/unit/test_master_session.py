@@ -454,3 +454,129 @@ async def test_what_is_said_about_the_node_is_logged(
     caplog.set_level(logging.INFO)
     await session.register()
     assert f"as node {session.node_id} (box)" in caplog.text
+
+
+async def test_the_same_acceptance_is_never_recovered(
+    session: NodeSession, master: FakeMaster
+) -> None:
+    """The master did not want its result, so there the job goes on for ever."""
+    master.submit({})
+    job = await session.next_job(held=set())
+    assert job is not None
+    master.fault("GET /jobs/next", "drop")
+    with pytest.raises(MasterUnreachable):
+        await session.next_job(held={job.id})
+    assert await session.next_job(held=set()) is None
+
+
+async def test_an_acceptance_of_an_earlier_run_is_never_recovered(
+    client: MasterClient, master: FakeMaster, time: Time
+) -> None:
+    earlier = NodeSession(client, REGISTRATION, clock=time.clock, sleep=time.sleep)
+    master.submit({})
+    job = await earlier.next_job()
+    assert job is not None
+    session = NodeSession(
+        client, REGISTRATION, in_doubt=True, clock=time.clock, sleep=time.sleep
+    )  # fmt: skip
+    session.remember(job)
+    assert await session.next_job(held=set()) is None
+
+
+async def test_a_job_that_another_process_here_runs_is_left_to_it(
+    client: MasterClient, master: FakeMaster, time: Time
+) -> None:
+    other = NodeSession(client, REGISTRATION, clock=time.clock, sleep=time.sleep)
+    master.submit({})
+    job = await other.next_job()
+    assert job is not None
+    session = NodeSession(
+        client, REGISTRATION, in_doubt=True, run_by_others=lambda job_id: job_id == job.id,
+        clock=time.clock, sleep=time.sleep,
+    )  # fmt: skip
+    assert await session.next_job(held=set()) is None
+
+
+@pytest.mark.parametrize("kind", ["status", "garbage"])
+async def test_a_list_that_cannot_be_had_keeps_nobody_from_working(
+    client: MasterClient, master: FakeMaster, time: Time, kind: str
+) -> None:
+    session = NodeSession(
+        client, REGISTRATION, in_doubt=True, clock=time.clock, sleep=time.sleep
+    )  # fmt: skip
+    node_id = await session.register()
+    lost = master.submit({}, {"status": "processing", "node_id": node_id})
+    job = master.submit({})
+    master.fault("GET /jobs", kind, count=1)  # type: ignore[arg-type]
+
+    taken = await session.next_job(held=set())
+    assert taken is not None
+    assert taken.id == job["id"]
+    await session.next_job(held={taken.id})
+    assert len(master.seen("GET /jobs")) == 1, "a list can be long: it is not asked for at once"
+
+    time.now += 60.0
+    recovered = await session.next_job(held={taken.id})
+    assert recovered is not None
+    assert recovered.id == lost["id"]
+
+
+async def test_jobs_held_under_an_earlier_id_are_recovered_too(
+    session: NodeSession, master: FakeMaster
+) -> None:
+    first = await session.register()
+    lost = master.submit({})
+    master.fault("GET /jobs/next", "lose")
+    with pytest.raises(MasterUnreachable):
+        await session.next_job(held=set())
+    with master.store.changed:
+        master.store.nodes[first]["current_job_id"] = None
+    session.registered = False  # as after a long silence
+    job = await session.next_job(held=set())
+    assert session.node_id != first
+    assert job is not None
+    assert job.id == lost["id"]
+
+
+async def test_retry_after_never_makes_the_master_take_us_for_dead(
+    session: NodeSession, master: FakeMaster, time: Time
+) -> None:
+    headers = {"Retry-After": "3600"}
+    master.fault("POST /nodes/*/heartbeat", "status", status=429, headers=headers)
+    await run(session)
+    assert time.waits == [61.0]
+
+
+async def test_whether_the_master_answers_is_told(client: MasterClient, master: FakeMaster) -> None:
+    told: list[bool] = []
+    session = NodeSession(client, REGISTRATION, on_answer=told.append)
+    await session.next_job()
+    assert told
+    assert all(told)
+    master.fault("GET /jobs/next", "drop")
+    with pytest.raises(MasterUnreachable):
+        await session.next_job()
+    assert told[-1] is False
+    assert session.last_error
+    await session.next_job()
+    assert told[-1] is True
+    assert session.last_error == ""
+
+
+async def test_an_outage_is_a_handful_of_lines_with_an_end(
+    session: NodeSession, master: FakeMaster, time: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Heartbeats and polls fail for an hour, and it is one fact."""
+    await session.register()
+    session.last_heartbeat_at = 1e9  # or it would register, which is told in the same way
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    master.fault("*", "drop", count=10**6)
+    while time.now < 1000.0 + 3600.0:
+        with pytest.raises(MasterUnreachable):
+            await session.next_job()
+        time.now += 60.0
+    assert 4 <= len(caplog.records) <= 7
+    master.clear_faults()
+    assert await session.next_job() is None
+    assert "answers again" in caplog.records[-1].getMessage()

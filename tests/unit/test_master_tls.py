@@ -264,3 +264,50 @@ def test_tls_options_without_tls_are_pointed_out(
 ) -> None:
     MasterClient(base_url="http://box", ca=files.ca)
     assert "no effect" in caplog.text
+
+
+# Certificates that are renewed while the program runs
+
+
+async def test_a_renewed_pinned_certificate_is_taken_up(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    first, second = write_self_signed(old), write_self_signed(new)
+    pinned = tmp_path / "pinned.pem"
+    pinned.write_bytes(first.cert.read_bytes())
+    with FakeMaster(tls=server_context(first.cert, first.key)) as master:
+        port = master.port
+        client = MasterClient(base_url=master.url, ca=pinned)
+        with pytest.raises(NodeUnknown):
+            await client.heartbeat("nobody")
+    with FakeMaster(tls=server_context(second.cert, second.key), port=port):
+        with pytest.raises(MasterUnreachable, match="not trusted"):
+            await client.heartbeat("nobody")
+        pinned.write_bytes(b"half a certif")
+        with pytest.raises(MasterUnreachable):
+            await client.heartbeat("nobody")
+        pinned.write_bytes(second.cert.read_bytes())
+        with pytest.raises(MasterUnreachable):  # which makes it look at its files
+            await client.heartbeat("nobody")
+        await speak(client)
+
+
+async def test_a_renewed_client_certificate_is_taken_up(files: Files, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    folder = tmp_path / "client"
+    folder.mkdir()
+    stranger = write_leaf(trustme.CA(), folder, "client", "worker")
+    context = server_context(files.cert, files.key)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    with FakeMaster(tls=context) as master:
+        client = MasterClient(
+            base_url=master.url, ca=files.ca, cert=stranger.cert, key=stranger.key
+        )  # fmt: skip
+        with pytest.raises(MasterUnreachable):
+            await client.heartbeat("nobody")
+        write_leaf(authority, folder, "client", "worker")
+        with pytest.raises(MasterUnreachable):
+            await client.heartbeat("nobody")
+        await speak(client)

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from worker.errors import ConfigError, JobUnknown, MasterRefused, MasterUnreachable, Unauthorized
 from worker.master.answers import Answer, check, deeper_than, quotable
 from worker.master.outages import unreachable
-from worker.master.tls import client_context
+from worker.master.tls import Renewal, client_context
 from worker.master.wire import Job, JobResult, Node, NodeRegistration, ResultAnswer, encode
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,9 @@ MOST_BYTES_OF_A_LIST = 64 * 1024 * 1024
 
 NO_SUCH_ROUTE = frozenset({404, 405, 501})
 """Status of a MasterRefused (not JobUnknown) where a master lacks the route altogether."""
+_HEARTBEAT_DEADLINE = 30.0
+_AT_ONCE = 8
+"""Requests about jobs and results. Heartbeats and polls must find a free connection."""
 _READ_AS_NUMBER = re.compile(r"\s*[+-]?0*[1-9]")
 
 
@@ -77,12 +80,15 @@ class MasterClient:
         self._base = str(url).rstrip("/")
         self.peer = _host_and_port(url)
         self._deadline = deadline
+        self._about_jobs = asyncio.Semaphore(_AT_ONCE)
         headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
         verify: ssl.SSLContext | bool = False
+        self._renewal: Renewal | None = None
         if url.scheme == "https":
             verify = client_context(ca=ca, cert=cert, key=key, insecure=insecure)
+            self._renewal = Renewal(verify, ca=ca, cert=cert, key=key)
         elif ca or cert or key:
             logger.warning("--ca, --cert and --key have no effect: MASTER_URL is no https:// URL")
         self._http = httpx.AsyncClient(
@@ -129,7 +135,11 @@ class MasterClient:
 
     async def heartbeat(self, node_id: str) -> None:
         """Say that we are alive. Raises NodeUnknown if the master does not know the node."""
-        await self._ask("POST", f"/nodes/{_segment(node_id)}/heartbeat")
+        await self._ask(
+            "POST",
+            f"/nodes/{_segment(node_id)}/heartbeat",
+            deadline=min(_HEARTBEAT_DEADLINE, self._deadline),
+        )
 
     async def next_job(self, node_id: str) -> Job | None:
         """Take the next job, if there is one; from then on it counts as ours.
@@ -161,7 +171,8 @@ class MasterClient:
         unknown: JobUnknown | None = None
         for address in addresses:
             try:
-                answer = await self._ask("GET", f"/jobs/{_segment(address)}")
+                async with self._about_jobs:
+                    answer = await self._ask("GET", f"/jobs/{_segment(address)}")
             except JobUnknown as error:
                 if address == job.id:
                     raise
@@ -180,7 +191,8 @@ class MasterClient:
 
     async def jobs(self) -> list[Job]:
         """All jobs the master remembers; those without a usable id are left out."""
-        answer = await self._ask("GET", "/jobs", limit=MOST_BYTES_OF_A_LIST)
+        async with self._about_jobs:
+            answer = await self._ask("GET", "/jobs", limit=MOST_BYTES_OF_A_LIST)
         data = answer.json()
         if isinstance(data, dict) and "jobs" in data:
             data = data["jobs"]
@@ -192,7 +204,8 @@ class MasterClient:
 
     async def post_result(self, result: JobResult) -> ResultAnswer:
         """Report what became of a job, once. See :mod:`worker.master.delivery` for safety."""
-        answer = await self._ask("POST", "/results", encode(result))
+        async with self._about_jobs:
+            answer = await self._ask("POST", "/results", encode(result))
         if not answer.body.strip():
             return ResultAnswer(status="success")
         try:
@@ -214,13 +227,20 @@ class MasterClient:
         return found
 
     async def _ask(
-        self, method: str, path: str, content: bytes | None = None, *, limit: int = MOST_BYTES
+        self,
+        method: str,
+        path: str,
+        content: bytes | None = None,
+        *,
+        limit: int = MOST_BYTES,
+        deadline: float | None = None,
     ) -> Answer:
         """Send a request and return its answer, if that is a success."""
         name = quotable(f"{method} {path.partition('?')[0]}")
+        deadline = deadline or self._deadline
         try:
             async with (
-                asyncio.timeout(self._deadline),
+                asyncio.timeout(deadline),
                 self._http.stream(
                     method,
                     self._base + path,
@@ -238,10 +258,11 @@ class MasterClient:
                 )
         except TimeoutError as error:
             raise MasterUnreachable(
-                f"no complete answer from the master at {self.peer} to {name} "
-                f"within {self._deadline:g} s"
+                f"no complete answer from the master at {self.peer} to {name} within {deadline:g} s"
             ) from error
         except (httpx.RequestError, OSError) as error:
+            if self._renewal is not None:
+                self._renewal.look()
             # An alert of TLS 1.3 comes after the handshake, as an ssl.SSLError of its own.
             raise unreachable(error, self.peer, tls=self._base.startswith("https")) from error
         if _compressed(response):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 from worker.errors import (
@@ -38,8 +38,11 @@ _WAITING = frozenset({"pending", "queued", "retrying"})
 _CANCELED = frozenset({"canceled", "cancelled"})
 _ENDED = frozenset({"completed", "failed", "timed_out", "timeout", "rejected"}) | _CANCELED
 
+_LOOKS = 5
+"""A look-up that the master refuses so often does not work there, and reporting may."""
 _NOT_UNDERSTOOD = frozenset({400, 422})
 _NOT_WANTED = frozenset({409, 410})
+_BUSY = frozenset({429, 502, 503, 504})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class Delivery:
     ``maybe_landed``
         An earlier attempt may have arrived. Whoever stores undelivered reports must store
         this too, as true from the moment before an attempt: it may be cut short anywhere.
+    ``node_ids``
+        All ids that the master has given us: it may move our jobs along to a new one.
     """
 
     def __init__(
@@ -81,9 +86,12 @@ class Delivery:
         result: JobResult,
         *,
         maybe_landed: bool = False,
+        node_ids: Collection[str] = (),
         backoff: Backoff | None = None,
         slow: Backoff | None = None,
     ) -> None:
+        self._node_ids = node_ids
+        self._refused_looks = 0
         self._client = client
         self._job = job
         self._result = result
@@ -111,7 +119,8 @@ class Delivery:
         except (JobUnknown, Unauthorized):
             raise
         except MasterRefused as error:
-            if error.status not in NO_SUCH_ROUTE:
+            self._refused_looks += error.status not in _BUSY
+            if error.status not in NO_SUCH_ROUTE and self._refused_looks <= _LOOKS:
                 raise
             return self._blind()
         moved = self._moved_on(there)
@@ -126,7 +135,8 @@ class Delivery:
         """How the job is no longer the one that was accepted, None if it still is."""
         if there.status in _WAITING | _ENDED:
             return quotable(there.status)
-        if there.node_id and self._owner and there.node_id != self._owner:
+        owners = {self._owner, *self._node_ids}
+        if there.node_id and self._owner and there.node_id not in owners:
             return f"with node {quotable(there.node_id)}"
         if there.retry_count > self._job.retry_count:
             return f"in retry {there.retry_count}, and this was {self._job.retry_count}"
@@ -198,6 +208,7 @@ async def deliver(
     result: JobResult,
     *,
     maybe_landed: bool = False,
+    node_ids: Collection[str] = (),
     backoff: Backoff | None = None,
     slow: Backoff | None = None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -209,8 +220,14 @@ async def deliver(
     does not answer or fails, ``slow`` for one that refuses the API key.
     """
     delivery = Delivery(
-        client, job, result, maybe_landed=maybe_landed, backoff=backoff, slow=slow
-    )  # fmt: skip
+        client,
+        job,
+        result,
+        maybe_landed=maybe_landed,
+        node_ids=node_ids,
+        backoff=backoff,
+        slow=slow,
+    )
     complaint = Throttle(clock=clock)
     while True:
         outcome = await delivery.attempt()

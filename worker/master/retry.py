@@ -48,23 +48,39 @@ class Backoff:
 
 
 class Throttle:
-    """Lets one complaint through at once, and then one each ``interval`` seconds."""
+    """Lets one complaint through at once, and then one each ``interval`` seconds.
+
+    The interval doubles with each complaint, up to ``most`` seconds: an hour of the same
+    trouble is worth a handful of lines.
+    """
 
     def __init__(
-        self, interval: float = 60.0, *, clock: Callable[[], float] = time.monotonic
+        self,
+        interval: float = 60.0,
+        most: float = 1800.0,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._interval = interval
+        self._first = self._interval = interval
+        self._most = most
         self._clock = clock
         self._last: float | None = None
 
     def due(self) -> bool:
         """Whether to complain now; the caller does so if it is."""
         now = self._clock()
-        if self._last is not None and now - self._last < self._interval:
-            return False
+        if self._last is not None:
+            if now - self._last < self._interval:
+                return False
+            self._interval = min(self._most, 2 * self._interval)
         self._last = now
         return True
+
+    def relax(self) -> None:
+        """The trouble is over; should it come and go, it is still told at most once an interval."""
+        self._interval = self._first
 
     def reset(self) -> None:
         """The trouble is over: the next one is news again."""
         self._last = None
+        self.relax()

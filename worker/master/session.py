@@ -34,14 +34,31 @@ DEAD_AFTER = 90.0
 HANDED_OUT = frozenset({"processing", "assigned", "running"})
 """States of a job that its node is expected to be running."""
 
+HEARTBEAT_PATIENCE = 60.0
+"""Seconds. A heartbeat is put off no longer than this, whatever Retry-After says: a master that
+does not hear of us for DEAD_AFTER runs our jobs a second time."""
+
+MOST_TAKEN = 10_000
+"""Acceptances that are remembered, so that none is taken for one never heard of."""
+
+LIST_PATIENCE = 60.0
+"""Seconds between two looks at the master's list of jobs, where it cannot be had."""
+
 
 class NodeSession:
     """Our standing with one master.
 
-    ``heartbeat_interval`` is in seconds. ``on_heartbeat`` is called after each heartbeat that
-    the master took. ``in_doubt`` says that the master may have handed us jobs that we do not know
-    of, as after a restart. ``clock``, ``sleep`` and ``uniform`` stand in for time and chance in
-    tests.
+    ``heartbeat_interval``
+        In seconds.
+    ``on_heartbeat``, ``on_answer``
+        Called after each heartbeat that the master took, and with whether it answers, whenever
+        that is learnt.
+    ``in_doubt``
+        The master may have handed us jobs that we do not know of, as after a restart.
+    ``run_by_others``
+        Whether another process on this machine runs a job (by id) as this node.
+    ``clock``, ``sleep``, ``uniform``
+        Stand in for time and chance in tests.
     """
 
     def __init__(
@@ -51,7 +68,9 @@ class NodeSession:
         *,
         heartbeat_interval: float = 30.0,
         on_heartbeat: Callable[[], None] | None = None,
+        on_answer: Callable[[bool], None] | None = None,
         in_doubt: bool = False,
+        run_by_others: Callable[[str], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         uniform: Uniform = random.uniform,
@@ -60,15 +79,23 @@ class NodeSession:
         self._registration = registration
         self._interval = heartbeat_interval
         self._on_heartbeat = on_heartbeat
+        self._on_answer = on_answer
+        self._run_by_others = run_by_others or (lambda job_id: False)
         self._clock = clock
         self._sleep = sleep
         self._uniform = uniform
         self._registering = asyncio.Lock()
         self._complaint = Throttle(clock=clock)
+        self._job_complaint = Throttle(clock=clock)
+        self._complained = False
+        self._taken: dict[tuple[str, int], None] = {}
         self._registrations = 0
         self._in_doubt = in_doubt
+        self._list_due = 0.0
         self.node_id: str | None = None
         """The id that the master gave us last; it may have forgotten it, see ``registered``."""
+        self.node_ids: set[str] = set()
+        """All ids it has given us: jobs may be held under an earlier one."""
         self.registered = False
         """Whether the master knows us, as far as its last answer tells."""
         self.last_heartbeat_at: float | None = None
@@ -92,11 +119,11 @@ class NodeSession:
                 await self._beat()
             except Unauthorized as error:
                 wait = slow.next(error.retry_after)
-                self._failed("heartbeat failed", error, wait)
+                self._failed("heartbeat failed", error, self._complaint)
             except (MasterUnreachable, MasterRefused) as error:
                 # Sooner than the interval: a few lost heartbeats in a row make us dead.
-                wait = backoff.next(error.retry_after)
-                self._failed("heartbeat failed", error, wait)
+                wait = backoff.next(min(error.retry_after or 0.0, HEARTBEAT_PATIENCE))
+                self._failed("heartbeat failed", error, self._complaint)
             else:
                 # A little early at random, so that many nodes do not beat in step.
                 wait = self._interval * self._uniform(0.9, 1.0)
@@ -113,11 +140,34 @@ class NodeSession:
 
         Raises MasterUnreachable, Unauthorized or MasterRefused, for the caller to back off.
         """
+        try:
+            job = await self._next_job(held)
+        except (MasterUnreachable, MasterRefused) as error:
+            # A master that does not answer is one fact; that it gives no jobs is another.
+            down = isinstance(error, MasterUnreachable)
+            self._failed(
+                "cannot ask for jobs", error, self._complaint if down else self._job_complaint
+            )
+            raise
+        self._answered()
+        self._job_complaint.relax()
+        if job is not None:
+            self.remember(job)
+        return job
+
+    def remember(self, job: Job) -> None:
+        """This acceptance is known here: it is not to be recovered as one never heard of."""
+        self._taken[job.id, job.retry_count] = None
+        if len(self._taken) > MOST_TAKEN:
+            del self._taken[next(iter(self._taken))]
+
+    async def _next_job(self, held: Collection[str] | None) -> Job | None:
+        node_id = await self.register()
         if self._in_doubt and held is not None:
-            job = await self._lost_in_transit(await self.register(), held)
+            job = await self._lost_in_transit(held)
             if job is not None:
                 return job
-        node_id = await self.register()
+            node_id = await self.register()
         try:
             return await self._take(node_id)
         except MasterRefused as error:
@@ -135,20 +185,33 @@ class NodeSession:
             self._in_doubt |= error.status >= 500 or error.status < 300
             raise
 
-    async def _lost_in_transit(self, node_id: str, held: Collection[str]) -> Job | None:
+    async def _lost_in_transit(self, held: Collection[str]) -> Job | None:
+        if self._clock() < self._list_due:
+            return None
         try:
             jobs = await self._client.jobs()
+        except Unauthorized:
+            raise
         except MasterRefused as error:
-            if error.status not in NO_SUCH_ROUTE:
-                raise
-            jobs = []  # a master that shows no jobs has none to recover
+            # A master that shows no jobs has none to recover, and may well have jobs to give.
+            if error.status in NO_SUCH_ROUTE:
+                self._in_doubt = False
+            else:
+                self._list_due = self._clock() + LIST_PATIENCE
+                logger.warning("jobs lost on the way to us cannot be looked for: %s", error)
+            return None
         for job in jobs:
-            if job.node_id == node_id and job.status in HANDED_OUT and job.id not in held:
-                logger.warning(
-                    "job %s was handed to us in an answer that did not arrive; taken up now",
-                    quotable(job.id),
-                )
-                return job
+            if job.node_id not in self.node_ids or job.status not in HANDED_OUT:
+                continue
+            if job.id in held or self._run_by_others(job.id):
+                continue
+            if (job.id, job.retry_count) in self._taken:
+                continue  # it was run, and the master did not want its result
+            logger.warning(
+                "job %s was handed to us in an answer that did not arrive; taken up now",
+                quotable(job.id),
+            )
+            return job
         self._in_doubt = False
         return None
 
@@ -205,18 +268,18 @@ class NodeSession:
                 node = await self._client.register(self._registration)
             except Unauthorized as error:
                 wait = slow.next(error.retry_after)
-                self._failed("cannot register", error, wait)
+                self._failed("cannot register", error, self._complaint)
             except (MasterUnreachable, MasterRefused) as error:
                 wait = backoff.next(error.retry_after)
-                self._failed("cannot register", error, wait)
+                self._failed("cannot register", error, self._complaint)
             else:
                 break
             await self._sleep(wait)
         self.node_id = node.id
+        self.node_ids.add(node.id)
         self.registered = True
         self._registrations += 1
-        self.last_error = ""
-        self._complaint.reset()
+        self._answered()
         self.last_heartbeat_at = self._clock()
         logger.info(
             "registered with the master at %s as node %s (%s)",
@@ -226,22 +289,30 @@ class NodeSession:
 
     def _heard(self) -> None:
         """The master took a heartbeat."""
-        if self.last_error:
-            logger.info("the master at %s answers again", self._client.peer)
-        self.last_error = ""
+        self._answered()
         self._complaint.reset()
         self.last_heartbeat_at = self._clock()
         if self._on_heartbeat is not None:
             self._on_heartbeat()
 
-    def _failed(self, what: str, error: MasterError, wait: float) -> None:
-        """Say so at once, and then once a minute."""
+    def _answered(self) -> None:
+        """The master did what it was asked."""
+        if self._complained:
+            logger.info("the master at %s answers again", self._client.peer)
+        self._complained = False
+        self.last_error = ""
+        if self._on_answer is not None:
+            self._on_answer(True)
+
+    def _failed(self, what: str, error: MasterError, complaint: Throttle) -> None:
+        """Say so at once, and then less and less often."""
         self.last_error = str(error)
+        if self._on_answer is not None:
+            self._on_answer(False)
         level = logging.ERROR if isinstance(error, Unauthorized) else logging.WARNING
-        logger.log(
-            level if self._complaint.due() else logging.DEBUG,
-            "%s, next attempt in %.0f s: %s", what, wait, error,
-        )  # fmt: skip
+        due = complaint.due()
+        self._complained |= due
+        logger.log(level if due else logging.DEBUG, "%s: %s", what, error)
 
     def _slow(self) -> Backoff:
         """30 s rising to 5 min: asking again soon does not mend a key."""

@@ -47,6 +47,49 @@ def client_context(
     return context
 
 
+class Renewal:
+    """Takes up certificates that were replaced on the disk while the program runs.
+
+    New connections use them; a certificate that is trusted no more is so after a restart.
+    """
+
+    def __init__(
+        self, context: ssl.SSLContext, *, ca: Path | None, cert: Path | None, key: Path | None
+    ) -> None:
+        self._context = context
+        self._ca = ca
+        self._cert = cert
+        self._key = key
+        self._seen = self._state()
+
+    def look(self) -> None:
+        """Load what has changed; called when a connection failed."""
+        state = self._state()
+        if state == self._seen:
+            return
+        try:
+            if self._ca is not None:
+                self._context.load_verify_locations(cadata=_read("--ca", self._ca))
+            if self._cert is not None:
+                _load_client_certificate(self._context, self._cert, self._key)
+        except (ConfigError, ssl.SSLError, ValueError) as error:
+            logger.warning("the changed TLS files cannot be used (yet): %s", error)
+            return
+        self._seen = state
+        logger.info("the TLS files have changed and are in use from now on")
+
+    def _state(self) -> list[tuple[int, int, int] | None]:
+        return [_identity(path) for path in (self._ca, self._cert, self._key) if path is not None]
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _trusting(ca: Path) -> ssl.SSLContext:
     text = _read("--ca", ca)
     try:
