@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from worker import __main__, __version__, cli
 from worker.cli.arguments import Arguments, parse
+from worker.cli.run import ProgressLine
 from worker.config import KEYS, Settings
-from worker.errors import ConfigError, MasterUnreachable
+from worker.errors import ConfigError, MasterUnreachable, SystemdError
+from worker.execution import Execution
+from worker.systemd.launcher import Launcher
+from worker.telemetry import logs
 
 SECRET = "sesame-open-0123456789"
 URL = "https://m:8080"
@@ -268,5 +275,84 @@ def test_errors_are_one_line_and_tracebacks_for_debug_alone(
     assert message in stderr
     wanted = level == "debug" and not isinstance(error, KeyboardInterrupt)
     assert ("Traceback" in stderr) is wanted
-    if not wanted:
+    if level == "info":
         assert all(line.startswith("ffmpeg-worker: ") for line in stderr.splitlines())
+
+
+def test_run_does_not_wait_for_a_systemd_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempts = []
+
+    async def connect(launcher: Launcher) -> None:
+        attempts.append(launcher)
+        raise SystemdError("cannot connect to D-Bus at unix:path=/nowhere")
+
+    monkeypatch.setattr(Launcher, "connect", connect)
+    job = tmp_path / "job.json"
+    job.write_text('{"scenario": "720p30-h264"}')
+    assert cli.main(["run", "--work-dir", str(tmp_path / "work"), str(job)]) == 1
+    assert len(attempts) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "ffmpeg-worker: cannot connect to D-Bus at unix:path=/nowhere\n"
+
+
+def test_a_job_file_that_is_too_large_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = tmp_path / "large.json"
+    large.write_bytes(b" " * (8 * 1024 * 1024) + b"{}")
+    assert cli.main(["run", str(large)]) == 2
+    error = f"ffmpeg-worker: {large} is larger than 8 MiB: is it the right file?\n"
+    assert capsys.readouterr().err == error
+
+
+def program(*argv: str, stdout: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "worker", *argv], stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["check", "--master", URL]])
+def test_output_that_cannot_be_written_is_an_error(argv: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = program(*argv, stdout=full.fileno())
+    assert done.returncode == 1
+    assert done.stderr == "ffmpeg-worker: cannot write the output: No space left on device\n"
+
+
+def test_a_reader_that_goes_away_is_no_reason_to_complain() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = program("--help", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_log_line_does_not_stand_behind_the_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    class Running:
+        def progress_text(self) -> str:
+            return "transcoding: 10 %"
+
+    logs.setup("info")
+    progress = ProgressLine(True)
+    progress.show(cast("Execution", Running()))
+    logging.getLogger("worker.test").info("half of it is done")
+    progress.clear()
+    head, _, rest = capsys.readouterr().err.partition("transcoding: 10 %")
+    assert head == "\r\x1b[K"
+    assert rest.startswith("\r\x1b[K")
+    assert rest.endswith("half of it is done\n")
+
+
+def test_debug_tells_the_settings_but_not_the_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, "agent", lambda settings: 0)
+    monkeypatch.setenv("MASTER_API_KEY", SECRET)
+    assert cli.main(["--master", URL, "--log-level", "debug"]) == 0
+    said = capsys.readouterr().err
+    assert "setting MASTER_URL: https://m:8080 (--master)" in said
+    assert "setting MASTER_API_KEY: ********" in said
+    assert SECRET not in said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -20,6 +22,23 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name); returns the exit status."""
+    output = io.StringIO()  # written at the end, where a failure can be told from others
+    with contextlib.redirect_stdout(output):
+        status = _main(argv)
+    if sys.stdout is None or not output.getvalue():
+        return status
+    try:
+        print(output.getvalue(), end="", flush=True)
+    except OSError as error:
+        # the interpreter will try again when it ends, and would complain in its own way
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # who closed a pipe knows
+            print(f"ffmpeg-worker: cannot write the output: {error.strerror}", file=sys.stderr)
+        return status or 1
+    return status
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
         arguments = parse(argv)
         if arguments.answer:
@@ -29,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
             arguments.flags,
             os.environ,
             config_file=arguments.config_file,
-            need_master=arguments.command != "run",
+            need_master=arguments.command in ("", "check"),
         )
         return _dispatch(arguments, resolved)
     except WorkerError as error:
@@ -64,10 +83,23 @@ def _dispatch(arguments: Arguments, resolved: Resolved) -> int:
     )
     for warning in resolved.warnings:
         logger.warning("%s", warning)
+    if logger.isEnabledFor(logging.DEBUG):
+        from worker.cli.check import rows
+
+        for name, value, source in rows(resolved):
+            logger.debug("setting %s: %s (%s)", name, value, source)
     if arguments.command == "run":
         from worker.cli.run import run as run_job
 
         return run_job(settings, arguments.job_file)
+    if arguments.command == "attach":
+        from worker.cli.attach import attach
+
+        return attach(settings, arguments.pid, arguments.limits)
+    if arguments.command == "detach":
+        from worker.cli.attach import detach
+
+        return detach(settings, arguments.pid)
     from worker.cli.agent import run as run_agent
 
     return run_agent(settings)

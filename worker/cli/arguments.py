@@ -17,9 +17,15 @@ from worker.config import KEYS
 from worker.config.keys import BOOLEAN_WORDS
 from worker.errors import ConfigError
 
-COMMANDS = ("run", "check")
+COMMANDS = ("run", "check", "attach", "detach")
 _BOOLEANS = frozenset(key.flag for key in KEYS if key.boolean)
-_VALUED = frozenset(key.flag for key in KEYS if not key.boolean) | {"--config"}
+_LIMITS = {
+    "--cpu-percent": ("N", "CPU, 100 is one core"),
+    "--memory-mb": ("N", "memory that is allocated from now on"),
+    "--timeout": ("S", "seconds from now: then the processes are ENDED (SIGTERM, then SIGKILL)"),
+}
+"""Flags of attach alone."""
+_VALUED = frozenset(key.flag for key in KEYS if not key.boolean) | {"--config", *_LIMITS}
 _PLAIN = frozenset({"--help", "--version"})
 _GROUPS = {
     "master": "the master",
@@ -30,7 +36,9 @@ _GROUPS = {
 }
 _USAGE = """ffmpeg-worker [flags]                      take jobs from a master
        ffmpeg-worker run [flags] JOB.json | -    run one job, without a master
-       ffmpeg-worker check [flags]               show the configuration in force"""
+       ffmpeg-worker check [flags]               show the configuration in force
+       ffmpeg-worker attach [flags] PID          limit a running process and its children
+       ffmpeg-worker detach [flags] PID          lift these limits, the process goes on"""
 _EPILOG = """\
 Each flag but --user, --config and the accepted ones has an environment variable (in [brackets]),
 which may also stand in the --config FILE (KEY=value lines, as in systemd's EnvironmentFile=).
@@ -41,11 +49,15 @@ Exit status: 0 done, 1 failed, 2 the configuration or the command line is wrong.
 @dataclass(frozen=True, slots=True)
 class Arguments:
     command: str = ""
-    """``run``, ``check``, or empty: take jobs from a master."""
+    """One of COMMANDS, or empty: take jobs from a master."""
     flags: dict[str, str] = field(default_factory=dict)
     """Those of ``worker.config.KEYS``, as written; the last one wins."""
     config_file: str = ""
     job_file: str = ""
+    pid: str = ""
+    """Of ``attach`` and ``detach``, as written."""
+    limits: dict[str, str] = field(default_factory=dict)
+    """The flags of ``attach`` alone, as written."""
     answer: str = ""
     """What ``--help`` or ``--version`` asked for; then nothing is to be run."""
 
@@ -69,11 +81,18 @@ def parse(argv: Sequence[str]) -> Arguments:
     if given.pop("version"):
         return Arguments(answer=f"ffmpeg-worker {__version__}")
     config_file = given.pop("--config")
+    limits = {flag: text for flag in _LIMITS if (text := given.pop(flag))}
     values = {flag: text for flag, text in given.items() if text}
 
     command, rest = (words[0], words[1:]) if words else ("", [])
     if command not in ("", *COMMANDS):
-        parser.error("there is a word that is neither flag nor command (run, check)")
+        parser.error(f"there is a word that is neither flag nor command ({', '.join(COMMANDS)})")
+    if limits and command != "attach":
+        parser.error(f"{', '.join(limits)}: only for attach")
+    if command in ("attach", "detach"):
+        if len(rest) != 1:
+            parser.error(f"{command} takes one PID")
+        return Arguments(command, values, config_file, pid=rest[0], limits=limits)
     if len(rest) != (1 if command == "run" else 0):
         parser.error(
             "run takes one JOB.json, or - for standard input"
@@ -129,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     general.add_argument("--config", dest="--config", default="", metavar="FILE", help="see below")
     general.add_argument("--version", action="store_true", help="print the version")
     general.add_argument("-h", "--help", action="store_true", help="print this")
+    section = parser.add_argument_group("limits, for attach: one or more of them")
+    for flag, (metavar, text) in _LIMITS.items():
+        section.add_argument(flag, dest=flag, default="", metavar=metavar, help=text)
     for group, title in _GROUPS.items():
         section = parser.add_argument_group(title)
         for key in KEYS:

@@ -15,21 +15,26 @@ _DURATIONS = frozenset({"poll_interval", "heartbeat_interval"})
 
 def run(resolved: Resolved) -> int:
     """Print one line a key to stdout, the warnings to stderr; returns the exit status."""
-    rows = [
+    lines = rows(resolved)
+    widths = [max(len(row[column]) for row in lines) for column in (0, 1)]
+    for name, value, source in lines:
+        print(f"{name:{widths[0]}}  {value:{widths[1]}}  {source}")
+    for warning in resolved.warnings:
+        print(f"ffmpeg-worker: warning: {escape(warning)}", file=sys.stderr)
+    return 0
+
+
+def rows(resolved: Resolved) -> list[tuple[str, str, str]]:
+    """Name, value and source of each key, fit to be shown."""
+    return [
         (
             (key.names or (key.flag,))[0],
             _shown(key.field, getattr(resolved.settings, key.field)),
-            resolved.sources[key.field],
+            escape(resolved.sources[key.field]),
         )
         for key in KEYS
         if key.field
     ]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for name, value, source in rows:
-        print(f"{name:{widths[0]}}  {value:{widths[1]}}  {escape(source)}")
-    for warning in resolved.warnings:
-        print(f"ffmpeg-worker: warning: {escape(warning)}", file=sys.stderr)
-    return 0
 
 
 def _shown(field: str, value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import signal
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from worker import workspace
-from worker.agent import connect
 from worker.config import Settings
 from worker.errors import ConfigError
 from worker.execution import Execution
@@ -39,10 +39,12 @@ def read_job(job_file: str) -> Job:
     name = "standard input" if job_file == "-" else job_file
     try:
         if job_file == "-":
-            data = sys.stdin.buffer.read(_LARGEST_JOB)
+            data = sys.stdin.buffer.read(_LARGEST_JOB + 1)
         else:
             with Path(job_file).open("rb") as file:
-                data = file.read(_LARGEST_JOB)
+                data = file.read(_LARGEST_JOB + 1)
+        if len(data) > _LARGEST_JOB:
+            raise ConfigError(f"{name} is larger than 8 MiB: is it the right file?")
         document = json.loads(data)
     except OSError as error:
         raise ConfigError(f"cannot read the job from {name}: {error.strerror}") from error
@@ -62,7 +64,7 @@ def read_job(job_file: str) -> Job:
 async def _run(settings: Settings, job: Job) -> int:
     workspace.require_work_dir(settings.work_dir)
     launcher = Launcher(user=settings.user)
-    await connect(launcher)
+    await launcher.connect()  # without the daemon's patience: somebody is waiting
     try:
         facts = await gather(systemd_version=launcher.version)
         progress = ProgressLine(sys.stderr.isatty())
@@ -95,6 +97,13 @@ class ProgressLine:
     def __init__(self, terminal: bool) -> None:
         self._terminal = terminal
         self._shown = False
+        for handler in logging.getLogger().handlers if terminal else ():
+            handler.addFilter(self._make_room)
+
+    def _make_room(self, _record: logging.LogRecord) -> bool:
+        """A log line starts on a line of its own, not behind the progress."""
+        self.clear()
+        return True
 
     def show(self, execution: Execution) -> None:
         if self._terminal:
@@ -103,4 +112,5 @@ class ProgressLine:
 
     def clear(self) -> None:
         if self._shown:
+            self._shown = False
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
