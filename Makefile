@@ -5,12 +5,17 @@
 # make wheels  build/wheels: the project and all it needs at run time, to install without network
 # make clean   remove what the others made
 
-PY := $(CURDIR)/.venv/bin/python
+PY := .venv/bin/python
 PIP := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: setup wheels demo test lint clean
+.PHONY: setup wheels demo test lint clean as-root
+
+# Said at once, not after minutes of setup.
+as-root:
+	@[ "$$(id -u)" = 0 ] || { echo "make: run this as root: it boots a systemd, or uses the machine's." \
+	  "Without root: make setup, make lint, .venv/bin/python -m pytest" >&2; exit 1; }
 
 setup: .venv/.ready
 
@@ -26,17 +31,17 @@ build/wheels/.dependencies: pyproject.toml constraints.txt | .venv/.ready
 	@$(PIP) wheel -c constraints.txt -w build/wheels .
 	@touch $@
 
-build/wheels/.project: build/wheels/.dependencies $(shell find worker -name '*.py') $(wildcard README.md)
+build/wheels/.project: build/wheels/.dependencies $(wildcard README.md worker/*.py worker/*/*.py)
 	@echo "wheels: the project"
 	@rm -f build/wheels/ffmpeg_worker-*.whl
 	@$(PIP) wheel --no-deps -w build/wheels .
 	@touch $@
 
-demo: setup wheels
+demo: as-root setup wheels
 	@$(PY) scripts/demo.py
 
 # Every part runs, also after one has failed. Inside the bed this folder is read-only: no cache there.
-test: setup wheels
+test: as-root setup wheels
 	@status=0; \
 	echo "== unit tests and tests on a mocked bus"; \
 	$(PY) -m pytest $(PYTEST_ARGS) tests/unit tests/bus || status=1; \

@@ -8,16 +8,16 @@ Exit status 0 only if every job ended as it should.
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import trustme
+from demo_screen import BOLD, PLAIN, Log, cgtop, cut, figure, headline, sh, show, wrapped
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,9 +25,21 @@ sys.path.insert(0, str(ROOT))
 from tests.fakes.master import FakeMaster, server_context  # noqa: E402
 from tests.fakes.shapes import Data  # noqa: E402
 
+INSTALL = str(ROOT / "scripts/install.sh")
+SERVICE = "ffmpeg-worker.service"
 CONFIG = Path("/etc/ffmpeg-worker/config.env")
+# What the demo makes, and removes when it is over: never what somebody else has made.
+OURS = (
+    CONFIG.parent,
+    Path("/opt/ffmpeg-worker"),
+    Path("/var/lib/ffmpeg-worker"),
+    Path("/var/log/ffmpeg-worker"),
+    Path("/usr/local/bin/ffmpeg-worker"),
+    Path("/etc/systemd/system", SERVICE),
+    Path("/etc/logrotate.d/ffmpeg-worker"),
+)
 API_KEY = "demo-key"
-BOLD, PLAIN = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ SHOWPIECES = (
             "scenario": "1080p60-h265",
             "queue": "batch",
             "parameters": {
-                "duration": 10,
+                "duration": 5,
                 "preset": "slow",
                 "resource_limits": {"timeout_sec": 3},
             },
@@ -106,23 +118,36 @@ def main() -> int:
     if os.geteuid() != 0:
         print("demo: run this as root: it installs a service and starts units.", file=sys.stderr)
         return 1
+    for number in SIGNALS:
+        signal.signal(number, interrupted)
     if "--here" in sys.argv[1:]:
-        return Demo().run()
-    if Path("/run/systemd/system").is_dir():
-        if CONFIG.exists():
+        return watched()
+    if not Path("/run/systemd/system").is_dir():
+        headline("This machine is not run by systemd: booting one in namespaces")
+        bed = [sys.executable, str(ROOT / "tests/bed/bed.py"), "run", "--"]
+        os.execv(sys.executable, [*bed, sys.executable, __file__, "--here"])
+    for path in OURS:
+        if path.exists() or path.is_symlink():
             print(
-                f"demo: {CONFIG} exists, so a worker is installed on this machine already; "
-                "the demo would change it. Run it on another machine.",
+                f"demo: {path} exists, so a worker is or was installed on this machine, and the "
+                "demo would replace and remove it. Run it on another machine.",
                 file=sys.stderr,
             )
             return 1
-        try:
-            return Demo().run()
-        finally:
-            sh(str(ROOT / "scripts/install.sh"), "--uninstall", "--purge")
-    headline("This machine is not run by systemd: booting one in namespaces")
-    bed = [sys.executable, str(ROOT / "tests/bed/bed.py"), "run", "--"]
-    return subprocess.run([*bed, sys.executable, __file__, "--here"], check=False).returncode
+    try:
+        return watched()
+    finally:
+        do_not_disturb()
+        headline("Removing the worker: scripts/install.sh --uninstall --purge")
+        sh(INSTALL, "--uninstall", "--purge")
+
+
+def watched() -> int:
+    try:
+        return Demo().run()
+    except TimeoutError as error:
+        print(f"demo: {error}; the log above may say why.", file=sys.stderr)
+        return 1
 
 
 class Demo:
@@ -139,16 +164,22 @@ class Demo:
             # Without retries, so that each job is seen once.
             with FakeMaster(api_key=API_KEY, tls=tls, tick=5, max_retries=0) as master:
                 self.install(master, ca)
-                log = Log()
+                log = Log(SERVICE)
                 try:
-                    return self.play(master)
+                    jobs = self.play(master)
+                    listing = ("--all", "--plain", "--no-legend", "ffmpeg-job-*")
+                    left = sh("systemctl", "list-units", *listing).strip()
                 finally:
-                    sh("systemctl", "stop", "ffmpeg-worker.service")
+                    do_not_disturb()
+                    headline(f"Stopping {SERVICE}")
+                    sh("systemctl", "stop", SERVICE)
                     log.stop()
+                return self.conclude(master, jobs, left)
 
     def install(self, master: FakeMaster, ca: Path) -> None:
         headline("Installing the worker: scripts/install.sh")
-        show(str(ROOT / "scripts/install.sh"), "--wheels", str(ROOT / "build/wheels"))
+        if show(INSTALL, "--wheels", str(ROOT / "build/wheels")):
+            raise SystemExit("demo: the worker could not be installed, see above.")
         trusted = CONFIG.parent / "master.crt"
         trusted.write_bytes(ca.read_bytes())
         settings = {
@@ -156,6 +187,7 @@ class Demo:
             "MASTER_API_KEY": API_KEY,
             "MAX_CONCURRENT_JOBS": "2",
             "POLL_INTERVAL": "1s",
+            "METRICS_PORT": "0",  # the port may be taken on a machine that does other work, too
         }
         lines = [
             line
@@ -165,146 +197,91 @@ class Demo:
         lines += [f"{key}={value}" for key, value in settings.items()]
         CONFIG.write_text("\n".join([*lines, f"MASTER_CA={trusted}", ""]))
 
-    def play(self, master: FakeMaster) -> int:
-        headline("Starting ffmpeg-worker.service; it registers with the demo master over TLS")
-        sh("systemctl", "start", "ffmpeg-worker.service")
-        node = master.wait_for(lambda: next(iter(master.store.nodes.values()), None), 60, "a node")
+    def play(self, master: FakeMaster) -> list[tuple[Showpiece, Data]]:
+        headline(f"Starting {SERVICE}; it registers with the demo master over TLS")
+        if show("systemctl", "start", SERVICE):
+            raise SystemExit("demo: the service did not start, see above.")
+        node = master.wait_for(
+            lambda: next(iter(master.store.nodes.values()), None), 60, "no worker has registered"
+        )
         time.sleep(1.5)  # the status line is up to date within a second
-        show("systemctl", "status", "--no-pager", "--lines=0", "ffmpeg-worker.service")
-        print(f"\nThe master's record of it: {describe(node)}\n")
+        show("systemctl", "status", "--no-pager", "--lines=0", SERVICE)
+        print("\nThe master's record of it:")
+        for key in ("name", "type", "cpu_model", "cpu_threads", "has_gpu", "status", "labels"):
+            value = node.get(key, "-")
+            pairs = value.items() if isinstance(value, dict) else [(key, value)]
+            for name, text in pairs:
+                print(cut(f"  {name:16} {text}"))
 
         first, *others = SHOWPIECES
-        headline(f"Job 1: {first.title}")
-        jobs = [(first, master.submit(first.request))]
-        unit = f"ffmpeg-job-{jobs[0][1]['id']}.service"
-        wait_until_active(unit)
+        headline(f"Job demo-1: {first.title}")
+        jobs = [(first, submit(master, 1, first))]
+        wait_until_active("ffmpeg-job-demo-1.service")
         show("systemctl", "status", "--no-pager", "--lines=3", "ffmpeg-job-*")
         headline("systemd-cgtop, while it runs")
         cgtop()
-        headline("Five more jobs")
-        jobs += [(piece, master.submit(piece.request)) for piece in others]
+        headline("Five more jobs: demo-2 to demo-6")
+        jobs += [(piece, submit(master, number, piece)) for number, piece in enumerate(others, 2)]
         for _, job in jobs:
             master.wait(job["id"], timeout=300)
-        return self.conclude(master, jobs)
+        return jobs
 
-    def conclude(self, master: FakeMaster, jobs: list[tuple[Showpiece, Data]]) -> int:
-        time.sleep(0.5)  # for the log to be read to its end: this is a show
+    def conclude(self, master: FakeMaster, jobs: list[tuple[Showpiece, Data]], left: str) -> int:
         headline("What became of them")
-        print(f"{'job':46} {'status':10} {'reason':15} {'CPU':>7} {'memory':>8} {'wall':>7}")
+        print(
+            f"{'job':7} {'what it is':46} {'status':10} {'reason':14} "
+            f"{'CPU':>7} {'memory':>7} {'wall':>7}"
+        )
         wrong = 0
         for piece, job in jobs:
-            result = next(r for r in master.results if r["job_id"] == job["id"])
+            result = next((r for r in master.results if r["job_id"] == job["id"]), {})
+            status = result.get("status", "unreported")
             metrics = result.get("metrics", {})
             reason = metrics.get("failure_reason", "")
-            good = (result["status"], reason) == (piece.status, piece.reason)
+            good = (status, reason) == (piece.status, piece.reason)
             wrong += not good
             print(
-                f"{piece.title:46} {result['status']:10} {reason:15} "
-                f"{figure(metrics.get('cpu_seconds'), 1, ' s')} "
-                f"{figure(metrics.get('memory_peak_bytes'), 2**20, ' MB', 0)} "
-                f"{figure(metrics.get('processing_time_seconds'), 1, ' s')}"
-                + ("" if good else f"   should have been {piece.status} {piece.reason}")
+                f"{job['id']:7} {piece.title:46} {status:10} {reason:14} "
+                f"{figure(metrics.get('cpu_seconds'), 1, 's', 1)} "
+                f"{figure(metrics.get('memory_peak_bytes'), 2**20, 'MB', 0)} "
+                f"{figure(metrics.get('processing_time_seconds'), 1, 's', 1)}"
             )
+            if not good:
+                print(f"        ^ should have been: {piece.status} {piece.reason}".rstrip())
         print()
         for _, job in jobs:
             if error := master.job(job["id"]).get("error"):
-                print(f"  {error}")
-        left = sh("systemctl", "list-units", "--all", "--plain", "--no-legend", "ffmpeg-job-*")
-        if left.strip():
+                print(wrapped(f"{job['id']}: {error}"))
+        if left:
             wrong += 1
             print(f"\nUnits that should be gone:\n{left}")
         print(f"\n{BOLD}{'All as it should be.' if not wrong else f'{wrong} wrong.'}{PLAIN}")
         return 1 if wrong else 0
 
 
-class Log:
-    """The worker's journal, printed as it comes."""
-
-    def __init__(self) -> None:
-        self._journal = subprocess.Popen(
-            ["journalctl", "--follow", "--lines=0", "--output=cat", "--unit=ffmpeg-worker.service"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._thread = threading.Thread(target=self._print)
-        self._thread.start()
-
-    def _print(self) -> None:
-        assert self._journal.stdout is not None
-        for line in self._journal.stdout:
-            print(f"  | {line}", end="", flush=True)
-
-    def stop(self) -> None:
-        self._journal.terminate()
-        self._journal.wait()
-        self._thread.join()
+def interrupted(number: int, _frame: FrameType | None) -> None:
+    """End by the way of all the cleaning up."""
+    raise SystemExit(128 + number)
 
 
-def describe(node: Data) -> str:
-    keys = ("name", "type", "cpu_threads", "cpu_model", "has_gpu", "status", "labels")
-    return ", ".join(f"{key} {node[key]}" for key in keys if key in node)
+def do_not_disturb() -> None:
+    """What follows is the cleaning up, which nobody should break off."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def submit(master: FakeMaster, number: int, piece: Showpiece) -> Data:
+    """Under an id that is easy on the eye; a real master makes longer ones."""
+    return master.submit(piece.request, {"id": f"demo-{number}"})
 
 
 def wait_until_active(unit: str) -> None:
     deadline = time.monotonic() + 60
     while sh("systemctl", "is-active", unit).strip() != "active":
         if time.monotonic() > deadline:
-            raise SystemExit(f"demo: {unit} did not start within a minute")
+            raise TimeoutError(f"{unit} did not start within a minute")
         time.sleep(0.1)
     time.sleep(2)  # let it encode a little, so that there is something to see
-
-
-def cgtop() -> None:
-    """The second picture: the first one has no rates yet."""
-    text = sh(
-        "systemd-cgtop", "--batch", "--iterations=2", "--delay=2", "--depth=4", "ffmpeg.slice"
-    )
-    pictures = [part for part in text.split("\n\n") if part.strip()]
-    rows = [line.split() for line in pictures[-1].splitlines()] if pictures else []
-    if not rows:
-        print(text)
-        return
-    width = max(len(row[0]) for row in rows)
-    for group, *figures in [
-        ["Control Group", "Tasks", "%CPU", "Memory", "Input/s", "Output/s"],
-        *rows,
-    ]:
-        print(f"{group:{width}}", *(f"{value:>8}" for value in figures))
-    if all(row[2] == "-" for row in rows):
-        print("(No %CPU: this kernel has cpu and cpuacct apart, where cgtop finds no figures.)")
-
-
-def figure(value: float | None, unit: float, suffix: str, digits: int = 2) -> str:
-    text = "-" if value is None else f"{value / unit:.{digits}f}{suffix}"
-    return text.rjust(8 if unit > 1 else 7)
-
-
-def headline(text: str) -> None:
-    print(f"\n{BOLD}== {text}{PLAIN}", flush=True)
-
-
-def show(*argv: str, lines: int | None = None) -> None:
-    """Run a command, and print it and what it says."""
-    print(f"$ {' '.join(shorten(argv))}")
-    text = sh(*argv).rstrip()
-    print("\n".join(text.splitlines()[:lines]), flush=True)
-
-
-def shorten(argv: Iterable[str]) -> list[str]:
-    return [word.removeprefix(f"{ROOT}/") for word in argv]
-
-
-def sh(*argv: str) -> str:
-    """What a command prints, of both streams."""
-    environment = os.environ | {"SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": "", "COLUMNS": "120"}
-    return subprocess.run(
-        argv,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        check=False,
-    ).stdout
 
 
 if __name__ == "__main__":

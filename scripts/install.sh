@@ -176,6 +176,10 @@ uninstall_all() {
   local drop_ins=("${UNITS[@]/%/.d}")
   [ "$purge" = no ] || rm -rf "${drop_ins[@]/#/$UNIT_DIR/}" "$ETC" "$DATA" "$LOGS"
   ! systemd_runs || systemctl daemon-reload
+  local kept
+  for kept in "$UNIT_DIR/$SERVICE" "$LOGROTATE" "$PROGRAM"; do
+    [ ! -e "$kept.disabled" ] || say "from before the first install: $kept.disabled; to go back to it: mv $kept.disabled $kept"
+  done
   if [ "$purge" = yes ]; then
     say "removed, with its configuration, data and logs."
   else

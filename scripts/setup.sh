@@ -7,6 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+[ -w . ] || { echo "setup: $PWD cannot be written: clone the project to a folder that can." >&2; exit 1; }
+
 # dbus-python and PyGObject come as packages of the distribution, for its own python3 alone.
 PYTHON=${PYTHON:-/usr/bin/python3}
 

@@ -189,6 +189,14 @@ def test_needs_root() -> None:
     assert "run this as root" in done.stderr
 
 
+def test_setup_names_a_checkout_that_cannot_be_written() -> None:
+    done = run(ROOT / "scripts/setup.sh", check=False)  # the bed shows the project read-only
+    assert done.returncode == 1
+    assert (
+        done.stderr == f"setup: {ROOT} cannot be written: clone the project to a folder that can.\n"
+    )
+
+
 def stand_in(script: str) -> None:
     """Put a shell script in the agent's place: here it is the installer that is tested."""
     drop_in = SYSTEM / f"{SERVICE}.d/stand-in.conf"
@@ -255,6 +263,15 @@ def test_a_hand_made_installation_is_kept_aside() -> None:
         assert kept.read_text() == "made by hand"
         kept.unlink()
     assert PROGRAM.is_symlink()
+
+
+def test_uninstall_tells_the_way_back_to_a_hand_made_installation() -> None:
+    kept = PROGRAM.with_name(PROGRAM.name + ".disabled")
+    kept.write_text("made by hand")
+    assert f"mv {kept} {PROGRAM}" in run(INSTALL, "--uninstall").stdout
+    kept.unlink()
+    assert "mv " not in run(INSTALL, "--uninstall").stdout
+    install()
 
 
 def test_uninstall_keeps_configuration_and_data(configured: str) -> None:

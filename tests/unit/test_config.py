@@ -322,6 +322,18 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     assert line.endswith("line 2: the quote ' is never closed")
 
 
+def test_nothing_is_said_to_be_missing_while_the_file_is_unread(tmp_path: Path) -> None:
+    (line,) = wrong({}, {}, config_file=str(tmp_path / "none.env"))
+    assert "MASTER_URL" not in line
+
+
+def test_a_misspelt_key_is_named_beside_what_is_missing(tmp_path: Path) -> None:
+    path = config(tmp_path, "MASTER_ULR=https://m:8080\n")
+    missing, misspelt = wrong({}, {}, config_file=path)
+    assert missing.startswith("MASTER_URL is missing")
+    assert misspelt == f"warning: {path}:1: MASTER_ULR is not known and has no effect"
+
+
 def test_the_guides_file_is_read_in_full(tmp_path: Path) -> None:
     path = config(
         tmp_path,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -159,3 +162,31 @@ def test_logrotate_covers_the_log_of_the_service() -> None:
     assert Path("/var/log/ffmpeg-worker/worker.log").match(pattern)
     wanted = {"daily", "rotate 7", "compress", "delaycompress", "create 0644 root root"}
     assert wanted <= set(lines)
+
+
+def test_make_works_in_a_folder_with_a_blank_in_its_name(tmp_path: Path) -> None:
+    checkout = tmp_path / "two words"
+    checkout.mkdir()
+    shutil.copy(ROOT / "Makefile", checkout)
+    for name in ("pyproject.toml", "constraints.txt", "scripts/setup.sh"):
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).touch()
+    done = subprocess.run(
+        ["make", "--dry-run", "demo", "test", "lint"], cwd=checkout, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pytest" in done.stdout
+    assert str(tmp_path) not in done.stdout  # it would have to be quoted
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_says_at_once_what_needs_root(target: str, tmp_path: Path) -> None:
+    (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
+    (tmp_path / "id").chmod(0o755)
+    search = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["make", target], cwd=ROOT, env={"PATH": search}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "run this as root" in done.stderr.splitlines()[0]
+    assert done.stdout == ""

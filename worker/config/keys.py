@@ -245,7 +245,13 @@ KEYS: tuple[Key, ...] = (
         "time between heartbeats (30s)",
         metavar="DURATION",
     ),
-    _key("work_dir", parse_work_dir, "node", "where jobs keep their files", metavar="DIR"),
+    _key(
+        "work_dir",
+        parse_work_dir,
+        "node",
+        "where jobs keep their files (/var/lib/ffmpeg-worker)",
+        metavar="DIR",
+    ),
     Key(
         "user",
         "--user",

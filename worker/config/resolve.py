@@ -56,16 +56,18 @@ def resolve(
     """Read every key from the strongest place that gives it a value; empty is no value.
 
     ``flags`` maps flags (``--master``) to their text. Raises ConfigError, one line for each
-    wrong value, with all of them.
+    wrong value, with all of them, and the warnings after them.
     """
     errors: list[str] = []
     warnings: list[str] = []
     env_file = EnvFile()
+    unread = False
     if config_file:
         try:
             env_file = _read(Path(config_file), warnings)
         except ConfigError as error:
             errors.append(str(error))
+            unread = True  # what is missing may stand in it
 
     values: dict[str, object] = {}
     sources: dict[str, str] = {}
@@ -92,9 +94,10 @@ def resolve(
             )
 
     _node_name(values, sources, errors)
-    errors += _together(sources, need_master=need_master)
+    errors += _together(sources, need_master=need_master and not unread)
     if errors:
-        raise ConfigError("\n".join(errors))
+        # with the warnings: a key that is not known may be the one that is missing, misspelt
+        raise ConfigError("\n".join([*errors, *(f"warning: {text}" for text in warnings)]))
     settings = Settings.model_validate(values)
     if need_master:
         warnings += _master_warnings(settings)
