@@ -35,13 +35,33 @@ async def test_a_unit_runs_ends_well_and_is_reaped(
     assert (state.result, state.exec_main_code, state.exec_main_status) == ("success", 1, 0)
     assert state.wall_seconds is not None
     assert not state.vanished
-    assert (await unit.usage()).io_write_bytes == 4096
     await unit.reap()
     await unit.reap()
     assert await launcher.leftovers() == []
     again = await launcher.start(launch)
     await again.reap()
     assert await launcher.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("version", "io", "peak"), [("252.38-1~deb12u1", None, None), ("257.1", 4096, 8192)]
+)
+async def test_what_systemd_counted(
+    systemd: Systemd, launch: Launch, version: str, io: int | None, peak: int | None
+) -> None:
+    systemd.stop_systemd()
+    systemd.start_systemd(version=version)
+    launcher = Launcher()
+    await launcher.connect()
+    unit = await launcher.start(launch)
+    systemd.Finish(ONE, "success", 1, 0)
+    await unit.finished()
+    usage = await unit.usage()
+    assert usage.cpu_seconds == 1.5
+    assert (usage.io_write_bytes, usage.memory_peak_bytes) == (io, peak)
+    assert usage.io_read_bytes is None
+    await unit.reap()
+    await launcher.close()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +168,7 @@ async def test_a_unit_that_cannot_be_stopped_is_given_up(
     systemd: Systemd, launcher: Launcher, launch: Launch
 ) -> None:
     unit = await launcher.start(launch)
-    unit.launch = replace(launch, stop_timeout_sec=-2.3)  # gives up after 0.4 s
+    unit.launch = replace(launch, stop_timeout_sec=-0.92)  # gives up after 0.4 s
     systemd.Hang(["StopUnit"])
     with pytest.raises(SystemdError, match="stuck in I/O: see systemctl status"):
         await unit.stop()
@@ -299,6 +319,80 @@ async def test_a_bus_that_stays_away_during_a_start(systemd: Systemd, launch: La
     with pytest.raises(BusGone):
         await starting
     await launcher.close()
+
+
+async def test_a_start_given_up_is_ended_when_the_bus_is_back(
+    systemd: Systemd, launch: Launch
+) -> None:
+    launcher = Launcher(reconnect_timeout=0.3)
+    await launcher.connect()
+    systemd.Hang(["StartTransientUnit"])
+    starting = asyncio.create_task(launcher.start(launch))
+    await _until(lambda: ONE in systemd.Started())
+    systemd.stop_bus()
+    with pytest.raises(BusGone, match="not known whether the unit was started"):
+        await starting
+    with pytest.raises(UnitExists, match="not reaped yet"):  # not to be ended in its place
+        await launcher.start(launch)
+    systemd.start_bus()
+    systemd.start_systemd()
+    systemd.Load(ONE, "active", "running", 0, 0)
+    await _until(lambda: launcher.tracker.get(ONE) is None, 20)
+    assert await launcher.leftovers() == []
+    await launcher.close()
+
+
+async def test_an_order_to_end_outlives_the_bus(
+    systemd: Systemd, launcher: Launcher, launch: Launch
+) -> None:
+    """However long the bus is away: that time says nothing of the unit."""
+    two = "ffmpeg-job-two.service"
+    running = await launcher.start(launch)
+    ended = await launcher.start(replace(launch, unit=two))
+    for unit in (running, ended):
+        unit.launch = replace(unit.launch, stop_timeout_sec=-0.92)  # gives up after 0.4 s
+    systemd.Finish(two, "success", 1, 0)
+    await ended.finished()
+    systemd.stop_bus()
+    await _until(lambda: not launcher.connected)
+    orders = [asyncio.create_task(running.stop()), asyncio.create_task(ended.reap())]
+    done, _pending = await asyncio.wait(orders, timeout=1)
+    assert not done
+    systemd.start_bus()
+    systemd.start_systemd()
+    systemd.Load(ONE, "active", "running", 0, 0)
+    systemd.Load(two, "active", "exited", 1, 0)
+    await asyncio.wait_for(asyncio.gather(*orders), 20)
+    assert running.state.finished
+    await running.reap()
+    assert await launcher.leftovers() == []
+
+
+async def test_closing_ends_an_order_that_waits_for_the_bus(
+    systemd: Systemd, launcher: Launcher, launch: Launch
+) -> None:
+    unit = await launcher.start(launch)
+    systemd.stop_bus()
+    await _until(lambda: not launcher.connected)
+    order = asyncio.create_task(unit.stop())
+    await asyncio.sleep(0)
+    await launcher.close()
+    with pytest.raises(BusGone):
+        await asyncio.wait_for(order, 5)
+
+
+async def test_a_usage_record_of_an_earlier_unit_is_not_read(
+    systemd: Systemd, launcher: Launcher, launch: Launch
+) -> None:
+    record = "/sys/fs/cgroup/x/memory.events:oom_kill {}\n"
+    launch.stdout.write_text(record.format(16))
+    unit = await launcher.start(launch)
+    with launch.stdout.open("a") as file:
+        file.write(record.format(2))
+    systemd.Finish(ONE, "exit-code", 1, 1)
+    await unit.finished()
+    assert (await unit.usage()).oom_kills == 2
+    await unit.reap()
 
 
 async def test_the_end_is_found_after_the_bus_was_restarted(

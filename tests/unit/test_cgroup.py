@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from worker.systemd.cgroup import CgroupMeter, read_lines
-from worker.systemd.usage import Usage
+from worker.systemd.usage import CGROUP_ROOT, Usage, parse_record
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -60,6 +60,25 @@ def test_hybrid_with_cpu_and_cpuacct_apart(tmp_path: Path) -> None:
 def test_v1_with_cpu_and_cpuacct_joined(tmp_path: Path) -> None:
     write(tmp_path, {"cpuacct/a/cpuacct.usage": "2500000000\n"})
     assert CgroupMeter(tmp_path, tmp_path).sample("/a").cpu_seconds == 2.5
+
+
+@pytest.mark.parametrize(
+    ("layout", "first", "lost"),
+    [
+        ("cgroup.controllers", "memory.events", "low 0\noom 1\noom_kill 2\n"),
+        ("memory/x", "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"),
+    ],
+)
+def test_a_record_after_a_line_without_end_loses_nothing(
+    tmp_path: Path, layout: str, first: str, lost: str
+) -> None:
+    write(tmp_path, {layout: ""})
+    path = CgroupMeter(tmp_path, tmp_path).record_files("/a")[0]
+    assert path.endswith(f"/a/{first}")
+    path = path.replace(str(tmp_path), CGROUP_ROOT)
+    record = "".join(f"{path}:{line}\n" for line in lost.splitlines())
+    assert parse_record(f"frame=12{record}").oom_kills == 2
+    assert parse_record(f"frame=12{record}") == parse_record(record)
 
 
 def test_gone(tmp_path: Path) -> None:

@@ -100,14 +100,13 @@ class Bus:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._supervisor = None
         self._disconnect()
+        self._ready.set()  # there is nothing to wait for any more
 
-    async def wait_connected(self, timeout: float) -> None:
-        """Wait until systemd can be reached. Raises BusGone after ``timeout`` seconds."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self._ready.wait()
-        except TimeoutError:
-            raise BusGone(f"no connection to systemd over D-Bus for {timeout:g} s") from None
+    async def wait_connected(self) -> None:
+        """Wait until systemd can be reached. Raises BusGone if the bus is closed meanwhile."""
+        await self._ready.wait()
+        if self._supervisor is None:
+            raise BusGone("the connection to D-Bus was closed")
 
     async def call(
         self,

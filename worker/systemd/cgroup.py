@@ -26,16 +26,18 @@ class CgroupMeter:
 
     def __init__(self, root: Path = Path(CGROUP_ROOT), proc: Path = Path("/proc")) -> None:
         self._proc = proc
+        # The first line of the record is lost where the program's last line has no end. So the
+        # first file is one whose first line is not needed.
         v2 = (root / "cgroup.controllers").exists()
         if v2:
-            names = ["cpu.stat", "memory.peak", "memory.events", "io.stat", "pids.events"]
+            names = ["memory.events", "memory.peak", "cpu.stat", "io.stat", "pids.events"]
             self._files = [(str(root), name) for name in names]
         else:
             self._files = [
+                (str(root / "memory"), "memory.oom_control"),
+                (str(root / "memory"), "memory.max_usage_in_bytes"),
                 (str(root / "unified"), "cpu.stat"),
                 (str(root / "cpuacct"), "cpuacct.usage"),
-                (str(root / "memory"), "memory.max_usage_in_bytes"),
-                (str(root / "memory"), "memory.oom_control"),
                 (str(root / "memory"), "memory.failcnt"),
                 (str(root / "blkio"), "blkio.throttle.io_service_bytes_recursive"),
                 (str(root / "pids"), "pids.events"),

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from worker.errors import (
@@ -41,13 +42,15 @@ T = TypeVar("T")
 _UNLOAD_LOOK_SEC = 2.0
 _RETRY_SEC = 0.1
 _REMAINS_SEC = 30.0
+_CLOSE_SEC = 10.0
 
 
 class Launcher:
     """One connection to systemd, many units.
 
     ``user`` talks to the user's own manager instead of the system's. ``reconnect_timeout`` is how
-    long, in seconds, a call is kept open while the bus is away.
+    long, in seconds, a start waits while systemd cannot be reached; orders to end a unit wait for
+    as long as it takes.
     """
 
     def __init__(
@@ -97,6 +100,10 @@ class Launcher:
 
     async def close(self) -> None:
         """Close the connection. Units go on; whoever waits for one gets BusGone."""
+        if self._cleanups and self.connected:
+            await asyncio.wait(self._cleanups, timeout=_CLOSE_SEC)
+        for cleanup in self._cleanups:
+            cleanup.cancel()
         await asyncio.gather(*self._cleanups, return_exceptions=True)
         await self.tracker.close()
         await self.bus.close()
@@ -105,7 +112,8 @@ class Launcher:
         """Start a unit; returns when it runs, or has ended or failed already.
 
         Raises UnitExists if a unit of that name is running (or is not reaped yet), BusGone or
-        BusTimeout if it is not known whether it runs, and SystemdError if systemd refused.
+        BusTimeout if it is not known whether it runs (it is ended once that can be seen), and
+        SystemdError if systemd refused.
         """
         if self.tracker.get(launch.unit) is not None:
             raise UnitExists(f"{launch.unit} was started before and is not reaped yet")
@@ -118,11 +126,9 @@ class Launcher:
             if tracked.job_result not in ("", "done"):
                 # Over before it was up: not executable, or quick to fail. Which one, its end says.
                 await tracked.done.wait()
-            if self.tracker.get(launch.unit) is not tracked:
-                raise BusGone(f"{launch.unit}: the launcher was closed during the start")
-        except asyncio.CancelledError:
-            # Nobody will hold the Unit, so whatever has been started is cleared away.
-            self.tracker.forget(tracked)
+        except (asyncio.CancelledError, BusGone, BusTimeout):
+            # Nobody will hold the Unit, so whatever has been started is cleared away. Until then
+            # the name is taken: a second start must not become what is ended here.
             cleanup = asyncio.create_task(self._give_up(tracked, asked_usec))
             self._cleanups.add(cleanup)
             cleanup.add_done_callback(self._cleanups.discard)
@@ -130,6 +136,8 @@ class Launcher:
         except BaseException:
             self.tracker.forget(tracked)
             raise
+        if self.tracker.get(launch.unit) is not tracked:
+            raise BusGone(f"{launch.unit}: the launcher was closed during the start")
         return Unit(self, launch, tracked)
 
     async def leftovers(self) -> list[str]:
@@ -156,22 +164,29 @@ class Launcher:
                 self.tracker.forget(tracked)
 
     async def unload(self, unit: Tracked, *, failed: bool, timeout: float) -> None:
-        """Stop, or reset if it failed, and wait until systemd has dropped the unit."""
-        try:
-            async with asyncio.timeout(timeout):
-                while await self._is_loaded_after(unit, failed=failed):
-                    # Failed in stopping, or run again by somebody.
-                    failed = (await self._row(unit.name))["ActiveState"] == "failed"
-        except TimeoutError:
-            raise SystemdError(
-                f"{unit.name} is still loaded after {timeout:g} s. Probably one of its processes"
-                f" cannot be killed (stuck in I/O): see systemctl status {unit.name}"
-            ) from None
+        """Stop, or reset if it failed, and wait until systemd has dropped the unit.
+
+        Raises SystemdError when it has not after ``timeout`` seconds in which systemd answered.
+        """
+        left = timeout
+        while True:
+            begun = time.monotonic()
+            if not await self._is_loaded_after(unit, failed=failed):
+                return
+            # Failed in stopping, or run again by somebody.
+            failed = (await self._row(unit.name))["ActiveState"] == "failed"
+            # What took longer was spent waiting for an answer and says nothing of the unit.
+            left -= min(time.monotonic() - begun, _UNLOAD_LOOK_SEC)
+            if left <= 0:
+                raise SystemdError(
+                    f"{unit.name} is still loaded after {timeout:g} s. Probably one of its"
+                    f" processes cannot be killed (stuck in I/O): see systemctl status {unit.name}"
+                )
 
     async def repeat(self, member: str, signature: str, *body: object) -> list[object]:
-        """A call that does no harm twice: made again when the bus is lost during it.
+        """A call that does no harm twice: made until systemd has answered it.
 
-        Raises BusGone if the bus does not come back in time.
+        Raises BusGone if the launcher is closed meanwhile.
         """
         return await self._repeat(partial(self.bus.call, member, signature, body))
 
@@ -181,13 +196,15 @@ class Launcher:
                 return await call()
             except (BusGone, BusTimeout) as error:
                 logger.debug("will be repeated: %s", error)
-                await self.bus.wait_connected(self._reconnect_timeout)
+                await self.bus.wait_connected()
                 # Connected and yet failed: systemd is about to go or has just come.
                 await asyncio.sleep(_RETRY_SEC)
 
     async def _request(self, launch: Launch, tracked: Tracked, asked_usec: int) -> None:
         lost = reaped = False
         while True:
+            if not lost and self.version >= 240:  # before, output is not appended
+                tracked.output_begin = _size(launch.stdout)
             try:
                 body = [launch.unit, "fail", self._properties(launch, tracked), []]
                 (job,) = await self.bus.call("StartTransientUnit", "ssa(sv)a(sa(sv))", body)
@@ -202,9 +219,7 @@ class Launcher:
                     raise
                 reaped = True
             except (BusGone, BusTimeout):
-                # It may have been started, or not: look.
-                await self.bus.wait_connected(self._reconnect_timeout)
-                if await self._adopt(tracked, asked_usec):
+                if await self._adopt_soon(tracked, asked_usec):
                     return
                 if lost:
                     raise
@@ -248,6 +263,18 @@ class Launcher:
         await self.unload(tracked, failed=failed, timeout=_REMAINS_SEC)
         tracked.restart()
         return True
+
+    async def _adopt_soon(self, tracked: Tracked, asked_usec: int) -> bool:
+        """See what became of a start without an answer. Raises BusGone if that takes too long."""
+        limit = self._reconnect_timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await self._adopt(tracked, asked_usec)
+        except TimeoutError:
+            raise BusGone(
+                f"{tracked.name}: systemd cannot be reached over D-Bus for {limit:g} s, so it is"
+                " not known whether the unit was started. If it was, it will be ended"
+            ) from None
 
     async def _adopt(self, tracked: Tracked, asked_usec: int) -> bool:
         """Take over the unit if the call that seemed lost has started it. False if it has not."""
@@ -296,7 +323,19 @@ class Launcher:
             if tracked.armed or await self._is_ours(tracked, asked_usec):
                 await self.stop_and_reap(tracked.name)
         except SystemdError as error:
-            logger.error("%s may be left over from a cancelled start: %s", tracked.name, error)
+            logger.error("%s may be left over from a start given up: %s", tracked.name, error)
+        except asyncio.CancelledError:
+            logger.error("%s may be left over: systemd cannot be reached", tracked.name)
+            raise
+        finally:
+            self.tracker.forget(tracked)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def parse_version(text: str) -> int:

@@ -51,6 +51,8 @@ class Tracked:
         """Of the start job: done, failed, canceled, …; empty if nobody told us."""
         self.gone = asyncio.Event()
         """A hint that the unit may have been unloaded."""
+        self.output_begin = 0
+        """Size of the file for standard output before the start."""
         self.armed = False
         self.job = ""
         """Object path of the start job; empty if it was never told."""
@@ -195,7 +197,9 @@ class Tracker:
             except BusGone as error:
                 logger.debug("cannot look at %d units: %s", len(names), error)
                 self._again(names)
-                await self._until_connected()
+                await self._bus.wait_connected()
+                # Connected, yet the call failed: systemd is about to leave or to come back.
+                await asyncio.sleep(_RETRY_SEC / 10)
             except SystemdError as error:
                 logger.warning("cannot look at %d units, will try again: %s", len(names), error)
                 self._again(names)
@@ -223,16 +227,6 @@ class Tracker:
         for name in names:
             if unit := self._units.get(name):
                 self.mark(unit)
-
-    async def _until_connected(self) -> None:
-        while True:
-            try:
-                await self._bus.wait_connected(_INSURANCE_SEC)
-                break
-            except BusGone:
-                continue
-        # Connected, yet the call failed: systemd is about to leave or to come back.
-        await asyncio.sleep(_RETRY_SEC / 10)
 
 
 def parse_row(row: list[object]) -> dict[str, object]:

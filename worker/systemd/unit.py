@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.errors import BusGone, NoSuchUnit, SystemdError
@@ -82,7 +81,7 @@ class Unit:
 
         To be asked after the end and before reap(), which drops systemd's part of it.
         """
-        self._usage = self._usage.merged(parse_record(_tail(self.launch.stdout)))
+        self._usage = self._usage.merged(parse_record(self._output_end()))
         if not self.state.vanished:
             self._usage = self._usage.merged(await self._accounting())
         return self._usage
@@ -90,21 +89,22 @@ class Unit:
     async def stop(self) -> None:
         """End the unit: SIGTERM, then SIGKILL after the launch's stop_timeout_sec.
 
-        Returns when it has ended. Raises SystemdError if it cannot be ended.
+        The order is given until systemd has taken it, however long the bus is away. Returns when
+        the unit has ended. Raises SystemdError if it cannot be ended.
         """
         if self._tracked.final is not None:
             return
         limit = self._stop_limit()
         try:
+            await self._launcher.repeat("StopUnit", "ss", self.name, "replace")
+        except NoSuchUnit:
+            self._launcher.tracker.mark(self._tracked)
+        try:
             async with asyncio.timeout(limit):
-                try:
-                    await self._launcher.repeat("StopUnit", "ss", self.name, "replace")
-                except NoSuchUnit:
-                    self._launcher.tracker.mark(self._tracked)
                 await self.finished()
         except TimeoutError:
             if not self._launcher.connected:
-                raise BusGone(f"{self.name}: no connection to systemd to stop it") from None
+                raise BusGone(f"{self.name}: no connection to systemd to see its end") from None
             raise SystemdError(
                 f"{self.name} has not ended {limit:g} s after it was told to. Probably one of its"
                 f" processes is stuck in I/O: see systemctl status {self.name}"
@@ -124,8 +124,19 @@ class Unit:
         self._launcher.tracker.forget(self._tracked)
 
     def _stop_limit(self) -> float:
-        # systemd waits as long for the end after SIGKILL as after SIGTERM.
-        return self.launch.stop_timeout_sec * 2 + 5
+        # systemd waits that long after SIGTERM, after SIGKILL, for ExecStopPost, and once more
+        # after each of the two signals to that.
+        return self.launch.stop_timeout_sec * 5 + 5
+
+    def _output_end(self) -> str:
+        """The end of what this unit printed, where the usage record is."""
+        try:
+            with self.launch.stdout.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(self._tracked.output_begin, size - _RECORD_BYTES))
+                return file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
 
     async def _accounting(self) -> Usage:
         names = list(self._accounted())
@@ -151,18 +162,5 @@ class Unit:
 
     def _accounted(self) -> Iterator[str]:
         yield "CPUUsageNSec"
-        if self._launcher.version >= 243:
-            yield from ("IOReadBytes", "IOWriteBytes")
-        if self._launcher.version >= 255:
-            yield "MemoryPeak"
-
-
-def _tail(path: Path) -> str:
-    """The end of the unit's standard output, where the usage record is."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _RECORD_BYTES))
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
+        if self._launcher.version >= 255:  # before, the others go with the cgroup
+            yield from ("MemoryPeak", "IOReadBytes", "IOWriteBytes")
