@@ -99,8 +99,10 @@ def _fresh(path: Path) -> int | None:
 
 
 def make_private(folder: Path) -> None:
-    """Make ``folder`` (and its parents) for its owner only, if it is not there."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make ``folder``, and those above it that are missing, for their owner only."""
+    if not folder.parent.exists():
+        make_private(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def try_lock(folder: Path) -> int | None:

@@ -213,12 +213,12 @@ def test_a_backlog_is_not_paced_by_the_poll_interval(worker: Worker, master: Fak
     jobs = [master.submit(parameters()) for _ in range(20)]
     begun = time.monotonic()
 
-    worker.start(master, POLL_INTERVAL="30s")
+    worker.start(master, POLL_INTERVAL="300s")
     for job in jobs:
-        assert master.wait(job["id"], timeout=120)["status"] == "completed"
+        assert master.wait(job["id"], timeout=240)["status"] == "completed"
 
     # One poll interval would be longer than all the jobs together.
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 300
 
 
 def test_hostile_ids_get_units_of_their_own(worker: Worker, master: FakeMaster) -> None:

@@ -166,6 +166,7 @@ def test_a_work_directory_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="WORK_DIR"):
         workspace.require_work_dir(tmp_path / "file")
     assert workspace.require_work_dir(tmp_path / "a/b") == tmp_path / "a/b/jobs"
+    assert (tmp_path / "a/b").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_copy_of_the_longest_name_there_can_be(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from worker.jobs.outcome import Intent
 from worker.master.wire import Job
 from worker.node.facts import gather
 from worker.steps import Programs
+from worker.systemd import enforcement
 from worker.systemd.launcher import Launcher
 
 _LARGEST_JOB = 8 * 1024 * 1024
@@ -66,7 +67,10 @@ async def _run(settings: Settings, job: Job) -> int:
     launcher = Launcher(user=settings.user)
     await launcher.connect()  # without the daemon's patience: somebody is waiting
     try:
-        facts = await gather(systemd_version=launcher.version)
+        facts, _ = await asyncio.gather(
+            gather(systemd_version=launcher.version),
+            enforcement.check(launcher, user=settings.user),
+        )
         progress = ProgressLine(sys.stderr.isatty())
         execution = Execution(
             job,
@@ -78,7 +82,7 @@ async def _run(settings: Settings, job: Job) -> int:
             on_progress=progress.show,
         )
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, execution.stop, Intent.CANCELLED)
         try:
             result = await execution.run()

@@ -27,6 +27,7 @@ from worker.errors import (
 )
 from worker.systemd.bus import Bus
 from worker.systemd.cgroup import CgroupMeter
+from worker.systemd.fieldfiles import FieldFiles
 from worker.systemd.launch import Launch
 from worker.systemd.library import SignatureBodyMismatchError, Variant
 from worker.systemd.names import JOB_UNITS, slice_cgroup
@@ -75,6 +76,7 @@ class Launcher:
         self.version = 0
         """systemd's, e.g. 252; 0 before connect()."""
         self._manager_cgroup = ""
+        self._field_files = FieldFiles()
         self._reconnect_timeout = reconnect_timeout
         self._grep = shutil.which("grep")
         self._rejected: set[str] = set()
@@ -107,6 +109,7 @@ class Launcher:
         await asyncio.gather(*self._cleanups, return_exceptions=True)
         await self.tracker.close()
         await self.bus.close()
+        self._field_files.close()
 
     async def start(self, launch: Launch) -> Unit:
         """Start a unit; returns when it runs, or has ended or failed already.
@@ -119,6 +122,7 @@ class Launcher:
             raise UnitExists(f"{launch.unit} was started before and is not reaped yet")
         control_group = f"{self._manager_cgroup}{slice_cgroup(launch.slice)}/{launch.unit}"
         tracked = self.tracker.track(launch.unit, control_group)
+        self._field_files.unit_wanted(launch.unit)
         asked_usec = time.monotonic_ns() // 1000
         try:
             await self._request(launch, tracked, asked_usec)
@@ -172,6 +176,7 @@ class Launcher:
         while True:
             begun = time.monotonic()
             if not await self._is_loaded_after(unit, failed=failed):
+                self._field_files.unit_gone(unit.name)
                 return
             # Failed in stopping, or run again by somebody.
             failed = (await self._row(unit.name))["ActiveState"] == "failed"

@@ -1,20 +1,27 @@
 """The parts of dbus-next in use, imported in one place.
 
-dbus-next imports its GLib half as well, and with it PyGObject where that is installed, whose
-importer makes Python 3.11 warn.
+dbus-next imports its GLib half as well, and with it PyGObject where that is installed: four
+megabytes for nothing. It does without where there is none, so it is told that there is none.
 """
 
 from __future__ import annotations
 
-import warnings
+import sys
+from typing import Any, cast
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "DynamicImporter", ImportWarning)
+_gi = sys.modules.get("gi")
+sys.modules["gi"] = cast("Any", None)  # an import of it now fails
+try:
     from dbus_next.aio.message_bus import MessageBus
     from dbus_next.constants import MessageFlag, MessageType
     from dbus_next.errors import SignatureBodyMismatchError
     from dbus_next.message import Message
     from dbus_next.signature import Variant
+finally:
+    if _gi is None:
+        del sys.modules["gi"]
+    else:
+        sys.modules["gi"] = _gi
 
 __all__ = [
     "Message",

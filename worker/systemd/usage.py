@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import PurePosixPath
 
 CGROUP_ROOT = "/sys/fs/cgroup"
 
@@ -82,7 +81,7 @@ def line_key(path: str, line: str) -> str:
 def parse_file(path: str, lines: Iterable[str]) -> Usage:
     """One counter file of a cgroup, known by its name."""
     lines = list(lines)
-    match PurePosixPath(path).name:
+    match path.rpartition("/")[2]:
         case "cpu.stat":
             usec = _table(lines).get("usage_usec")
             return Usage(cpu_seconds=None if usec is None else usec / 1e6)
