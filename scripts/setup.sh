@@ -73,6 +73,25 @@ if [ ${#missing[@]} -gt 0 ]; then
   for_each_missing explain
   exit 1
 fi
+
+# nginx with its RTMP module, for the tests of streams. Unpacked rather than installed, where that
+# is possible: installing the package would start a web server on this machine.
+nginx_is_there() { [ -x "$1/usr/sbin/nginx" ] && [ -e "$1/usr/lib/nginx/modules/ngx_rtmp_module.so" ]; }
+if ! nginx_is_there build/nginx && ! nginx_is_there ''; then
+  if ! has apt-get || ! has dpkg-deb; then
+    echo "setup: missing: nginx and its RTMP module, for the tests of streams. Install them; Debian's packages are called nginx and libnginx-mod-rtmp." >&2
+    exit 1
+  fi
+  echo "setup: unpacking nginx for the tests of streams"
+  rm -rf build/nginx.new && mkdir -p build/nginx.new
+  if ! (cd build/nginx.new && apt-get download -qq nginx libnginx-mod-rtmp >/dev/null 2>apt.log); then
+    echo "setup: apt could not download nginx and libnginx-mod-rtmp (run apt-get update as root first?): $(tail -n 1 build/nginx.new/apt.log)" >&2
+    exit 1
+  fi
+  for package in build/nginx.new/*.deb; do dpkg-deb -x "$package" build/nginx.new; done
+  rm -f build/nginx.new/*.deb build/nginx.new/apt.log
+  rm -rf build/nginx && mv build/nginx.new build/nginx
+fi
 if ! py 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "setup: $PYTHON is $("$PYTHON" --version), but 3.11 or newer is needed (Debian 12, Ubuntu 24.04, Fedora 37 or newer have it; PYTHON=... names another one)." >&2
   exit 1

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Coroutine
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -25,9 +26,11 @@ from worker.master.retry import Backoff, Throttle
 from worker.master.session import NodeSession
 from worker.master.wire import Job, JobResult
 from worker.node import disk
-from worker.node.facts import gather
+from worker.node.facts import NodeFacts, gather
 from worker.steps import Programs
+from worker.systemd import enforcement
 from worker.systemd.launcher import Launcher
+from worker.systemd.scope import attachments
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.notify import Notifier
 from worker.telemetry.server import Server
@@ -39,6 +42,8 @@ DISK_WARN_RATIO = 0.90
 DISK_FULL_RATIO = 0.95
 STATUS_SECONDS = 5.0
 CLOSE_SECONDS = 3.0
+ATTACHMENTS_SECONDS = 15.0
+"""Between two counts of what is attached; each costs systemd a walk over its units."""
 
 T = TypeVar("T")
 
@@ -63,9 +68,9 @@ class Agent:
         self._session: NodeSession | None = None
 
     async def run(self) -> None:
-        """Work until SIGTERM or SIGINT. Raises WorkerError where that cannot even begin."""
+        """Work until SIGTERM, SIGINT or SIGHUP. Raises WorkerError where that cannot even begin."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._signalled, number)
         settings = self._settings
         workspace.require_work_dir(settings.work_dir)
@@ -132,7 +137,7 @@ class Agent:
         remains = Remains(settings.work_dir, self._launcher, [entry.job for entry in left])
         await self._unless_stopped(remains.clear())
         self._notifier.ready("starting")
-        facts = await self._unless_stopped(gather(systemd_version=self._launcher.version))
+        facts = await self._unless_stopped(self._look_around())
         self._metrics.set_encoders(facts.encoders.proven, has_gpu=facts.capabilities.has_gpu)
         programs = Programs.find()
         key = settings.master_api_key
@@ -183,6 +188,16 @@ class Agent:
                 session.remember(entry.job)
             await self._serve(session, dispatcher, left)
 
+    async def _look_around(self) -> NodeFacts:
+        """What this machine is and, found out meanwhile, which limits hold on it."""
+        facts, limits = await asyncio.gather(
+            gather(systemd_version=self._launcher.version),
+            enforcement.check(self._launcher, user=self._settings.user),
+        )
+        if limits is None:
+            return facts
+        return replace(facts, labels={**facts.labels, "limits": limits.label})
+
     async def _serve(
         self, session: NodeSession, dispatcher: Dispatcher, left: list[Acceptance]
     ) -> None:
@@ -190,12 +205,14 @@ class Agent:
         heartbeats = asyncio.create_task(session.run(), name="heartbeats")
         polling = asyncio.create_task(self._poll(session, dispatcher, left), name="polling")
         status = asyncio.create_task(self._tell_status(session, dispatcher), name="status")
+        attached = asyncio.create_task(self._count_attached(), name="attachments")
         told = asyncio.create_task(self._stop.wait(), name="stop")
-        tasks = (heartbeats, polling, status, told)
+        tasks = (heartbeats, polling, status, attached, told)
         try:
             await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
         finally:
             status.cancel()
+            attached.cancel()
             self._stop.set()
             self._notifier.stopping("stopping jobs and reporting them")
             dispatcher.stop_polling()
@@ -260,6 +277,15 @@ class Agent:
             dispatcher.changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(dispatcher.changed.wait(), STATUS_SECONDS)
+
+    async def _count_attached(self) -> None:
+        """Keep the metrics of attached processes up to date."""
+        while True:
+            try:
+                self._metrics.set_attached(await attachments(self._launcher.bus))
+            except SystemdError as error:
+                logger.debug("cannot count what is attached: %s", error)
+            await asyncio.sleep(ATTACHMENTS_SECONDS)
 
     def _blocked(self) -> str:
         if not self._launcher.connected:

@@ -17,13 +17,14 @@ from pathlib import Path
 from worker import workspace
 from worker.config import Settings
 from worker.errors import JobError, Reason, SystemdError
-from worker.jobs import ffmpeg, probe
+from worker.jobs import ffmpeg, probe, streams
 from worker.jobs.capabilities import Capabilities
 from worker.jobs.outcome import Intent, Outcome, error_text
 from worker.jobs.parse import parse_job
 from worker.jobs.progress import Progress, parse_progress
 from worker.jobs.report import JobRun, build_result
-from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, Limits
+from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, Limits, StreamOutput
+from worker.jobs.text import redact
 from worker.master.wire import Job, JobResult
 from worker.node import disk
 from worker.steps import MIB, Programs, StepRun, Steps
@@ -83,7 +84,11 @@ class Execution:
         self.steps = Steps(job, launcher, programs, self._show)
         try:
             self.spec = parse_job(
-                job, capabilities, settings.defaults, generate_input=settings.generate_input
+                job,
+                capabilities,
+                settings.defaults,
+                generate_input=settings.generate_input,
+                stream_host=streams.host_of(settings.master_url),
             )
         except JobError as error:
             self._refused = error
@@ -102,6 +107,8 @@ class Execution:
     def progress_text(self) -> str:
         """How far the running step is, for people."""
         step = "transcoding" if self._command else "generating the input"
+        if self.spec is not None and isinstance(self.spec.output, StreamOutput):
+            step = "streaming"
         progress = self.progress
         if progress is None:
             return f"{step}: starting"
@@ -154,10 +161,13 @@ class Execution:
         given = spec.source.path if isinstance(spec.source, FileInput) else None
         if given is not None:
             self._input_bytes = workspace.check_input(given)
-        if spec.output is not None:
+        if isinstance(spec.output, Path):
             workspace.check_output(spec.output, given, private=self._settings.work_dir / "jobs")
-        self._check_disk(spec)
+        if not isinstance(spec.output, StreamOutput):
+            self._check_disk(spec)
         space = self._workspace = Workspace.create(self._settings.work_dir / "jobs", self._name)
+        if isinstance(spec.output, StreamOutput):
+            return await self._stream(space, spec, spec.output)
         if isinstance(spec.source, GeneratedInput):
             await self._generate(space, spec)
         staged = space.path / f"output{_suffix(spec)}"
@@ -171,7 +181,10 @@ class Execution:
     def _check_disk(self, spec: JobSpec) -> None:
         """Raise JobError unless the job's disk limit fits on every file system it writes to."""
         need = spec.limits.disk_mb
-        folders = [self._settings.work_dir, *([spec.output.parent] if spec.output else [])]
+        folders = [
+            self._settings.work_dir,
+            *([spec.output.parent] if isinstance(spec.output, Path) else []),
+        ]
         for folder in dict.fromkeys(folders):
             try:
                 found = disk.usage(folder)
@@ -218,17 +231,38 @@ class Execution:
             await self._put(target, self._settings.work_dir / f"input_{self._name}.mp4", copy=True)
 
     async def _transcode(self, space: Workspace, spec: JobSpec, staged: Path) -> StepRun:
+        source = ffmpeg.source_name(spec, space.path / "input.mp4")
+        command = ffmpeg.transcode_command(spec, self._programs.ffmpeg, source, staged)
+        return await self._main_step(space, spec, command, str(source), str(staged))
+
+    async def _stream(self, space: Workspace, spec: JobSpec, output: StreamOutput) -> Outcome:
+        """Send the output to a server: nothing to publish, and nothing left to probe."""
+        logger.info("job %s: streaming to %s", self.job.id, redact(output.url))
+        if isinstance(spec.source, GeneratedInput):
+            self._expected_sec = spec.source.duration_sec
+        source = ffmpeg.source_name(spec, space.path / "input.mp4")
+        command = ffmpeg.stream_command(spec, self._programs.ffmpeg, source)
+        main = await self._main_step(space, spec, command, str(source), output.url)
+        if main.progress is not None:
+            self._output_bytes = main.progress.total_size
+            self._media = streams.sent_media(spec, main.progress)
+        if main.outcome.completed:
+            streams.check_sent(spec, main.progress, main.log)
+        return main.outcome
+
+    async def _main_step(
+        self, space: Workspace, spec: JobSpec, command: tuple[str, ...], source: str, output: str
+    ) -> StepRun:
         limits = spec.limits
         logger.info(
             "job %s: Resource limits: CPU=%d%%, Memory=%dMB, Disk=%dMB, Timeout=%ds",
             self.job.id, limits.cpu_percent, limits.memory_mb, limits.disk_mb, limits.timeout_sec,
         )  # fmt: skip
-        source = ffmpeg.source_name(spec, space.path / "input.mp4")
-        self._command = ffmpeg.transcode_command(spec, self._programs.ffmpeg, source, staged)
+        self._command = command
         self.progress = None
         self._expected_sec = spec.duration_sec or self._expected_sec
         self._next_progress_log = time.monotonic() + FIRST_PROGRESS_SECONDS
-        self._main = await self.steps.transcode(space, spec, self._command, str(source), staged)
+        self._main = await self.steps.transcode(space, spec, command, source, output)
         self.progress = self._main.progress or self.progress
         return self._main
 
@@ -246,7 +280,7 @@ class Execution:
         probe.check_output(self._media, spec, expected, main.log, encoded_sec=encoded)
 
     async def _publish(self, spec: JobSpec, staged: Path) -> None:
-        if spec.output is not None:
+        if isinstance(spec.output, Path):
             await self._put(staged, spec.output)
         elif self._settings.persist_outputs:
             name = f"job_{self._name}_output{_suffix(spec)}"
@@ -315,4 +349,4 @@ class Execution:
 
 
 def _suffix(spec: JobSpec) -> str:
-    return spec.output.suffix if spec.output else ".mp4"
+    return spec.output.suffix if isinstance(spec.output, Path) else ".mp4"

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worker import workspace
@@ -16,7 +16,8 @@ from worker.jobs import ffmpeg
 from worker.jobs.judge import judge
 from worker.jobs.outcome import Intent, Outcome, stopped
 from worker.jobs.progress import LogFacts, Progress, parse_progress, read_log
-from worker.jobs.spec import JobSpec, Limits, Priority, UrlInput
+from worker.jobs.spec import JobSpec, Limits, Priority, StreamOutput, UrlInput
+from worker.jobs.streams import without_key
 from worker.master.wire import Job
 from worker.systemd.launch import DeviceLimit, Launch, UnitLimits
 from worker.systemd.launcher import Launcher
@@ -30,8 +31,15 @@ logger = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
 SAMPLE_SECONDS = 1.0
+SLOW_SAMPLE_SECONDS = 5.0
+"""Between two looks at a job that has run for a minute. The counters only grow, so nothing is
+missed; with a hundred jobs on a node each look counts."""
+PROGRESS_BYTES = 2048
+"""Enough for the last blocks of ffmpeg's progress."""
 PROBE_TIMEOUT_SEC = 120
 PROBE_OUTPUT_BYTES = 1024 * 1024
+STREAM_FILES_MB = 2048
+"""A stream leaves no output; its log and progress may grow to this, whatever max_disk_mb is."""
 CPU_WEIGHT = {Priority.HIGH: 200, Priority.MEDIUM: 100, Priority.LOW: 50}
 
 
@@ -114,17 +122,21 @@ class Steps:
         spec: JobSpec,
         command: tuple[str, ...],
         source: str,
-        output: Path,
+        output: Path | str,
     ) -> StepRun:
-        """The job proper, under its own limits."""
-        launch = self._launch(Step.MAIN, space, spec, spec.limits, command)
+        """The job proper, under its own limits. ``source`` and ``output`` are paths or URLs."""
+        limits, is_stream = spec.limits, isinstance(spec.output, StreamOutput)
+        if is_stream:
+            limits = replace(limits, disk_mb=max(limits.disk_mb, STREAM_FILES_MB))
+        launch = self._launch(Step.MAIN, space, spec, limits, command)
         return await self._run(
             launch,
             space.log(Step.MAIN),
-            spec.limits,
+            limits,
             source=source,
             output=str(output),
             is_url=isinstance(spec.source, UrlInput),
+            is_stream=is_stream,
         )
 
     async def probe(
@@ -160,6 +172,8 @@ class Steps:
         what = {
             Step.INPUT: "test input of", Step.MAIN: "transcode", Step.PROBE: "check of",
         }[step]  # fmt: skip
+        if step is Step.MAIN and isinstance(spec.output, StreamOutput):
+            what = "stream of"
         io = limits.io
         return Launch(
             unit=unit_name(self._job.id, step),
@@ -199,6 +213,7 @@ class Steps:
         source: str | None = None,
         output: str | None = None,
         is_url: bool = False,
+        is_stream: bool = False,
     ) -> StepRun:
         if self.intent is not Intent.NONE:
             raise JobError(Reason.PLATFORM_ERROR, stopped(self.intent).message)
@@ -216,6 +231,8 @@ class Steps:
             self._unit = None
             self._background(self._reap(unit))
         log_text = workspace.read_ends(log_path)
+        if is_stream and output is not None:
+            log_text = without_key(log_text, output)
         log = read_log(log_text)
         usage = usage.merged(
             # ffmpeg's own account of itself, the only one of a job that ends within a second.
@@ -231,7 +248,7 @@ class Steps:
         outcome = judge(
             state, usage, self.intent, log, limits,
             step=step, program=program, source=source, output=output, is_url=is_url,
-            executed=unit.started or bool(log_text),
+            is_stream=is_stream, executed=unit.started or bool(log_text),
         )  # fmt: skip
         wall = state.wall_seconds
         return StepRun(
@@ -255,15 +272,18 @@ class Steps:
         )  # fmt: skip
 
     async def _follow(self, unit: Unit, stdout: Path) -> UnitState:
-        """Wait for the unit's end; look at it once a second meanwhile."""
+        """Wait for the unit's end; look at it now and then meanwhile."""
         ended = asyncio.create_task(unit.finished())
+        begun = time.monotonic()
         try:
             while True:
                 unit.sample()
-                await asyncio.wait({ended}, timeout=SAMPLE_SECONDS)
+                young = time.monotonic() - begun < 60
+                wait = SAMPLE_SECONDS if young else SLOW_SAMPLE_SECONDS
+                await asyncio.wait({ended}, timeout=wait)
                 if ended.done():
                     return ended.result()
-                self._on_output(workspace.read_tail(stdout))
+                self._on_output(workspace.read_tail(stdout, PROGRESS_BYTES))
         finally:
             ended.cancel()
 

@@ -22,8 +22,24 @@ from worker.leftovers import Acceptance, Records
 from worker.master.session import NodeSession
 from worker.master.wire import Job, JobResult
 from worker.node.disk import DiskUsage
+from worker.systemd import enforcement
+from worker.systemd.enforcement import Enforcement, Limit
 from worker.systemd.launcher import Launcher
 from worker.telemetry.notify import Notifier
+
+
+class FakeBus:
+    """Each answer to the question what is attached is one of these, then the last one again."""
+
+    def __init__(self) -> None:
+        self.attached: list[list[str] | SystemdError] = [[]]
+
+    async def call(self, member: str, *_: object) -> list[object]:
+        assert member == "ListUnitsByPatterns"
+        answer = self.attached.pop(0) if len(self.attached) > 1 else self.attached[0]
+        if isinstance(answer, SystemdError):
+            raise answer
+        return [[[name] for name in answer]]
 
 
 class FakeLauncher:
@@ -34,6 +50,7 @@ class FakeLauncher:
         self.version = 252
         self.errors: list[SystemdError] = []
         self.closed = False
+        self.bus = FakeBus()
 
     async def connect(self) -> None:
         if self.errors:
@@ -268,3 +285,50 @@ async def test_a_result_that_cannot_be_delivered_waits_for_the_next_run(
     assert entry.result is not None
     assert entry.result.status == "failed"
     records.close()
+
+
+async def test_what_is_attached_is_counted_also_after_systemd_was_away(
+    make: Make, launcher: FakeLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "ATTACHMENTS_SECONDS", 0.0)
+    counted: list[frozenset[str]] = []
+    agent = make()
+    monkeypatch.setattr(agent._metrics, "set_attached", counted.append)
+    launcher.bus.attached = [["a.scope"], BusGone("gone"), ["a.scope", "b.scope"], []]
+    counting = asyncio.create_task(agent._count_attached())
+    async with asyncio.timeout(5):
+        while [] not in map(list, counted):
+            await asyncio.sleep(0)
+    counting.cancel()
+    assert counted[:3] == [{"a.scope"}, {"a.scope", "b.scope"}, frozenset()]
+
+
+@pytest.mark.parametrize(
+    ("found", "label"),
+    [
+        (Enforcement((Limit.CPU, Limit.TASKS, Limit.CPU_WEIGHT), {}, ""), "cpu,tasks"),
+        (Enforcement((), {}, ""), ""),
+        (None, None),
+    ],
+)
+async def test_the_master_is_told_which_limits_hold(
+    make: Make, monkeypatch: pytest.MonkeyPatch, found: Enforcement | None, label: str | None
+) -> None:
+    asked: list[bool] = []
+
+    async def check(_launcher: object, *, user: bool) -> Enforcement | None:
+        asked.append(user)
+        return found
+
+    monkeypatch.setattr(enforcement, "check", check)
+    facts = await make()._look_around()
+    assert facts.registration("box").labels.get("limits") == label
+    assert asked == [False]
+
+
+async def test_limits_that_cannot_be_looked_at_do_not_keep_it_from_starting(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = await make()._look_around()
+    assert "limits" not in facts.labels
+    assert "cannot tell which limits hold: there is no sleep(1) in PATH" in caplog.text

@@ -16,6 +16,7 @@ from worker.jobs.ffmpeg import (
     probe_command,
     report_environment,
     source_name,
+    stream_command,
     transcode_command,
 )
 from worker.jobs.places import PROTOCOLS
@@ -26,6 +27,7 @@ from worker.jobs.spec import (
     Limits,
     Priority,
     Queue,
+    StreamOutput,
     UrlInput,
 )
 
@@ -89,6 +91,62 @@ def test_a_url_with_a_secret_keeps_ffmpeg_out_of_the_journal() -> None:
     ):
         words = transcode(replace(SPEC, source=UrlInput(url, url.partition(":")[0])), url)
         assert words[words.index("-loglevel") + 1] == level
+
+
+STREAM = replace(
+    SPEC, source=GeneratedInput(640, 360, 30, 10), output=StreamOutput("rtmp://h/live/k"),
+    muxer="flv",
+)  # fmt: skip
+SENDING = (
+    "-pix_fmt yuv420p {} -flvflags no_duration_filesize -protocol_whitelist rtmp,tcp "
+    "-rw_timeout 10000000 -f flv rtmp://h/live/k"
+)
+
+
+def stream(spec: JobSpec, source: str = "/in/a.mp4") -> str:
+    return " ".join(stream_command(spec, "/usr/bin/ffmpeg", source))
+
+
+def test_a_generated_stream_is_made_on_the_way() -> None:
+    assert stream(STREAM) == (
+        "/usr/bin/ffmpeg -hide_banner -nostdin -nostats -benchmark -progress pipe:1 -y "
+        "-loglevel level+quiet -re -f lavfi -i testsrc2=size=640x360:rate=30 "
+        "-re -f lavfi -i sine=frequency=1000:sample_rate=44100 -t 10 "
+        "-sn -dn -c:v libx264 -b:v 2000000 -preset veryfast -threads 2 -c:a aac "
+        + SENDING.format("-g 60")
+    )
+    assert " -t 500 " in stream(replace(STREAM, duration_sec=500))
+
+
+def test_a_file_is_streamed_at_the_speed_of_life() -> None:
+    words = stream(replace(STREAM, source=FileInput(Path("/in/a.mp4"))))
+    assert " -re -threads 2 -protocol_whitelist file,crypto,data -i file:/in/a.mp4 -sn" in words
+    assert words.endswith(SENDING.format("-force_key_frames expr:gte(t,n_forced*2)"))
+    rated = replace(STREAM, source=FileInput(Path("/in/a.mp4")), frame_rate=12.5)
+    assert " -r 12.5 " in stream(rated)
+    assert " -g 25 " in stream(rated)
+
+
+def test_what_comes_by_network_sets_its_own_pace() -> None:
+    words = stream(replace(STREAM, source=UrlInput("http://h/x", "http")), "http://h/x")
+    assert "-re" not in words.split()
+    assert " -protocol_whitelist http,https,tcp,tls,crypto,data,httpproxy -i http://h/x" in words
+
+
+def test_a_stream_by_tls_opens_nothing_else() -> None:
+    words = stream(replace(STREAM, output=StreamOutput("rtmps://h/live/k")))
+    assert " -protocol_whitelist rtmps,tls,tcp -rw_timeout " in words
+
+
+def test_vaapi_chooses_its_own_pixels_for_a_stream() -> None:
+    words = stream(replace(STREAM, encoder="h264_vaapi", preset=None))
+    assert "-pix_fmt" not in words
+    assert " -vf format=nv12,hwupload " in words
+
+
+def test_only_a_stream_has_a_streams_command() -> None:
+    with pytest.raises(ValueError, match="output of job j1 is a file"):
+        stream(SPEC)
 
 
 def test_the_decoder_leaves_room_for_the_encoders_threads() -> None:

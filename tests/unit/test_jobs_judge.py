@@ -215,11 +215,61 @@ def test_ffmpegs_own_failures(line: str, expected: Reason) -> None:
         "http://h/x: Server returned 5XX Server Error reply",
         "rtmp://h/live/x: Input/output error",
         "[tls] The TLS connection was non-properly terminated.",
+        "[rtmp] Server error: Failed to play x, no such stream",
     ],
 )
 def test_network_failures(line: str) -> None:
     assert reason(State(), None, line, is_url=True) is Reason.NETWORK_ERROR
     assert reason(State(), None, line) is not Reason.NETWORK_ERROR
+
+
+URL = "rtmp://h/live/key"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[tcp] Connection to tcp://h:1935?tcp_nodelay=0 failed: Connection refused",
+        "[tcp] Failed to resolve hostname h: Name or service not known",
+        f"{URL}: Input/output error",
+        f"{URL}: Operation not permitted",
+        "av_interleaved_write_frame(): Broken pipe",
+        "av_interleaved_write_frame(): Connection timed out",
+        f"Error writing trailer of {URL}: Connection reset by peer",
+        "[rtmp] Server error: Already publishing",
+        "[rtmp] Server error: No space left on device, Unknown encoder",
+        "[vost#0:0/libx264] Error submitting a packet to the muxer: Broken pipe",
+    ],
+)
+def test_a_stream_that_was_not_taken(line: str) -> None:
+    outcome = verdict(State(), None, line, output=URL, is_stream=True, source="/in.mp4")
+    assert outcome.reason is Reason.NETWORK_ERROR
+    assert outcome.message.startswith("ffmpeg could not send the stream: ")
+    assert "live/key" not in outcome.message
+
+
+def test_a_stream_has_other_faults_too() -> None:
+    more: dict[str, Any] = {"output": URL, "is_stream": True, "source": "/in.mp4"}
+    assert reason(State(), None, "Unknown encoder 'x'", **more) is Reason.CAPABILITY_MISMATCH
+    line = "/in.mp4: Invalid data found when processing input"
+    assert reason(State(), None, line, **more) is Reason.INPUT_ERROR
+    assert reason(State(), None, "/in.mp4: Input/output error", **more) is Reason.RUNTIME_ERROR
+    assert reason(State("timeout", 2, 15), None, **more) is Reason.TIMEOUT
+
+
+def test_an_input_that_fails_is_not_called_the_stream() -> None:
+    source = "http://h/in.mp4"
+    line = f"{source}: Server returned 404 Not Found"
+    outcome = verdict(State(), None, line, source=source, output=URL, is_url=True, is_stream=True)
+    assert outcome.reason is Reason.NETWORK_ERROR
+    assert outcome.message.startswith("ffmpeg could not get the input over the network")
+
+
+def test_the_end_of_a_stream_may_be_lost_in_a_clean_exit() -> None:
+    line = f"Error writing trailer of {URL}: Broken pipe"
+    assert reason(CLEAN, None, line, output=URL, is_stream=True) is Reason.NETWORK_ERROR
+    assert reason(CLEAN, None, line, output="/o.flv") is None
+    assert reason(CLEAN, None, "concealing errors", output=URL, is_stream=True) is None
 
 
 def test_a_file_name_cannot_choose_the_reason() -> None:

@@ -150,8 +150,7 @@ def test_codec_names() -> None:
 @pytest.mark.parametrize(
     "parameters",
     [{"codec": c} for c in ("h264_nvenc", "hevc_qsv", "av1_amf", "librav1e", "h264_videotoolbox")]
-    + [{"hwaccel": "cuda"}, {"output_mode": "rtmp"}, {"output_mode": "STREAM"}]
-    + [{"engine": "gstreamer"}],
+    + [{"hwaccel": "cuda"}, {"engine": "gstreamer"}],
 )
 def test_what_the_world_knows_but_this_node_lacks(parameters: dict[str, Any]) -> None:
     assert refusal(parameters).reason is Reason.CAPABILITY_MISMATCH
@@ -392,6 +391,7 @@ plausible = st.sampled_from(
         "\ud800",
         "x" * 9999,
         "rtmp",
+        "rtmp://h/live",
         "file:///a",
     ]
 ) | st.sampled_from([0, 1, 30, 640, 10**9, 10**30, -1, 0.5, 1e308, float("nan")])
@@ -401,6 +401,8 @@ parameter_names = st.sampled_from(
         "input",
         "output",
         "output_mode",
+        "rtmp_url",
+        "stream_key",
         "codec",
         "bitrate",
         "preset",

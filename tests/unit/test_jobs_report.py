@@ -15,6 +15,7 @@ from worker.jobs.progress import Progress
 from worker.jobs.report import MAX_LOG_BYTES, JobRun, build_result
 from worker.jobs.sla import Sla, sla
 from worker.jobs.spec import Limits
+from worker.jobs.streams import sent_media
 from worker.master.wire import Job
 
 T0 = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
@@ -58,6 +59,53 @@ RUN = JobRun(
     command=("/usr/bin/ffmpeg", "-i", "http://u:p@h/x?token=t", "file:/o.mp4"),
     log_tail="[info] fine\n",
 )
+
+
+STREAM_JOB = JOB.model_copy(
+    update={"parameters": {"output_mode": "stream", "stream_key": "hunter2"}}
+)
+STREAM = parse_job(
+    STREAM_JOB,
+    TYPICAL,
+    Limits(200, 2048, 5000, 3600),
+    generate_input=True,
+    stream_host="master",
+)
+
+
+def test_a_stream() -> None:
+    assert RUN.progress is not None
+    run = replace(
+        RUN,
+        job=STREAM_JOB,
+        spec=STREAM,
+        media=sent_media(STREAM, RUN.progress),
+        input_bytes=None,
+        input_encoder=None,
+        output_bytes=2_000_000,
+        command=("/usr/bin/ffmpeg", "rtmp://master:1935/live/hunter2"),
+        log_tail="[error] rtmp://master:1935/live/hunter2: no\n",
+    )
+    result = build_result(run, COMPLETED)
+    metrics = result.metrics
+    assert metrics is not None
+    assert metrics["output_size_bytes"] == 2_000_000
+    assert not {"output_file_bytes", "input_file_bytes", "input_encoder_used"} & set(metrics)
+    assert (metrics["frames"], metrics["fps"], metrics["speed"]) == (300, 30.0, 1.5)
+    assert (metrics["bitrate"], metrics["dropped_frames"]) == ("2000k", 2)
+    assert (metrics["resolution"], metrics["video_codec"]) == ("1280x720", "h264")
+    assert metrics["bandwidth_mbps"] == pytest.approx(1.6)
+    assert result.analyzer_output is not None
+    assert result.analyzer_output["output_mode"] == "rtmp"
+    assert result.analyzer_output["container"] == "flv"
+    assert result.analyzer_output["stream_url"] == "rtmp://master:1935/live/***"
+    assert "hunter2" not in result.model_dump_json()
+
+
+def test_a_stream_that_was_refused_is_still_one() -> None:
+    result = build_result(replace(RUN, job=STREAM_JOB, spec=None), Outcome(False))
+    assert result.analyzer_output is not None
+    assert result.analyzer_output["output_mode"] == "rtmp"
 
 
 def test_a_completed_job() -> None:

@@ -167,6 +167,17 @@ def test_inputs_node_and_encoders(metrics: Metrics) -> None:
     assert found["ffrtmp_worker_vaapi_available"] == 1
 
 
+def test_attachments_that_come_and_go(metrics: Metrics) -> None:
+    found = []
+    for names in ([], ["a", "b"], {"a", "b"}, ["b", "c"], [], ["a"]):
+        metrics.set_attached(names)
+        now = values(metrics)
+        active = now["ffrtmp_worker_active_attachments"]
+        found.append((active, now["ffrtmp_worker_discovered_processes_total"]))
+    # the last one was let go and attached anew
+    assert found == [(0, 0), (2, 2), (2, 2), (2, 3), (0, 3), (1, 4)]
+
+
 def test_unit_starts_as_a_histogram(metrics: Metrics) -> None:
     for seconds in (0.005, 0.05, 0.06, 60.0):
         metrics.unit_started(seconds)

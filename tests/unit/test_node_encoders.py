@@ -91,6 +91,7 @@ def test_usable_is_what_works_or_is_software_and_was_not_seen_to_fail() -> None:
         listed=frozenset(LISTED),
         proven=frozenset({"libx264", "h264_nvenc"}),
         failed=frozenset({"libsvtav1"}),
+        unknown=frozenset({"ffv1", "h264_qsv"}),
     )
     assert found.usable == {"libx264", "libx264rgb", "ffv1", "h264_nvenc"}
     assert found.hardware == {"h264_nvenc"}
@@ -142,15 +143,54 @@ async def test_the_key_is_not_in_the_environment_of_what_is_tried(
 async def test_an_encoder_that_hangs_is_given_up_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoders_module, "_TIME_LIMIT", 0.5)
+    monkeypatch.setattr(encoders_module, "_TRIAL_SEC", 0.5)
     start = time.monotonic()
     found = await probe(ffmpeg=script(tmp_path, f"sleep 60 & echo $! >> {tmp_path}/pids; wait\n"))
     assert found.proven == frozenset()
-    assert found.failed == {"libx264", "libsvtav1"}
+    assert found.unknown == {"libx264", "libsvtav1"}
     assert time.monotonic() - start < 10
     for pid in (tmp_path / "pids").read_text().split():
         stat = Path("/proc", pid, "stat")
         assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+async def test_what_took_too_long_is_usable_if_it_is_software_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encoders_module, "_TRIAL_SEC", 3.0)
+    trial = 'case "$*" in *libsvtav1*) exit 1;; esac; exec sleep 60\n'
+    found = await probe([NVIDIA], ffmpeg=script(tmp_path, trial))
+    assert found.unknown == {"libx264", "h264_nvenc"}
+    assert found.failed == {"libsvtav1"}
+    assert found.proven == frozenset()
+    assert found.usable == {"libx264", "libx264rgb", "ffv1"}
+    assert "took longer than 3 s: h264_nvenc, libx264;" in caplog.text
+
+
+async def test_a_listing_that_hangs_once_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encoders_module, "_LISTING_SEC", 3.0)
+    path = Path(script(tmp_path, "echo frame=1\n"))
+    hang = f'if [ $# = 2 ] && mkdir "{tmp_path}/$2" 2>/dev/null; then exec sleep 60; fi'
+    path.write_text(path.read_text().replace("\n", f"\n{hang}\n", 1))
+    found = await probe(ffmpeg=str(path))
+    assert found.listed == LISTED
+    assert found.hwaccels == {"cuda"}
+    assert found.proven == {"libx264", "libsvtav1"}
+    assert "-encoders did not end within 3 s" in caplog.text
+
+
+async def test_a_listing_that_always_hangs_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encoders_module, "_LISTING_SEC", 0.2)
+    path = tmp_path / "ffmpeg"
+    path.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+    path.chmod(0o755)
+    assert await probe(ffmpeg=str(path)) == Encoders()
+    assert caplog.text.count("-encoders did not end within 0.2 s") == 2
+    assert "no job can run here" in caplog.text
 
 
 async def test_without_ffmpeg_there_is_nothing_and_a_warning(

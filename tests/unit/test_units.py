@@ -144,8 +144,11 @@ def test_service_sees_the_files_of_its_jobs() -> None:
     assert "Service.PrivateTmp" not in unit
     assert "Service.PrivateDevices" not in unit
     assert only(unit, "Service.ProtectHome") == "read-only"
-    writable = only(unit, "Service.ReadWritePaths").split()
-    assert writable == ["/var/lib/ffmpeg-worker", "/var/log/ffmpeg-worker", "/tmp"]
+    writable = " ".join(unit["Service.ReadWritePaths"]).split()
+    assert writable == [
+        *("/var/lib/ffmpeg-worker", "/var/log/ffmpeg-worker", "/tmp"),
+        "-/run/systemd/units",
+    ]
     log_file = only(unit, "Service.Environment").removeprefix("LOG_FILE=")
     assert Path(log_file).parent == Path("/var/log/ffmpeg-worker")
 

@@ -30,7 +30,7 @@ _NETWORK = re.compile(
     r"|Failed to resolve hostname|Name or service not known|Network is unreachable"
     r"|No route to host|Host is unreachable|Server returned [45]\w\w|HTTP error [45]"
     r"|Broken pipe|Cannot open connection|Temporary failure in name resolution"
-    r"|TLS|certificate|handshake|Stream ends prematurely|Input/output error",
+    r"|TLS|certificate|handshake|Stream ends prematurely|Input/output error|Server error",
     re.IGNORECASE,
 )
 _INPUT = re.compile(
@@ -52,6 +52,12 @@ _OUTPUT = re.compile(
     r"No such file or directory|Permission denied|Read-only file system|Is a directory"
     r"|Not a directory|File exists"
 )
+# That the server took the stream no longer; ffmpeg can exit with 0 if it is the end that was lost.
+_SEND_FAILED = re.compile(
+    r"av_interleaved_write_frame\(\)|Error (?:writing|closing|muxing)"
+    r"|Error submitting a packet to the muxer"
+)
+_SERVER = "Server error"
 _DAMAGED = re.compile(
     r"Invalid data|partial file|truncated|Invalid NAL|[Ee]rror while decoding"
     r"|File ended prematurely|moov atom|Error submitting packet to decoder|corrupt"
@@ -66,9 +72,10 @@ def input_is_damaged(log: LogFacts) -> bool:
 def lines_without_names(log: LogFacts, source: str | None, output: str | None) -> list[str]:
     """The error lines with INPUT and OUTPUT for the names on the command line.
 
-    A file's name must not be able to choose the reason of a failure.
+    A file's name must not be able to choose the reason of a failure, nor must a server's words.
     """
-    lines = [_without(line, source, "INPUT") for line in log.errors]
+    lines = ["".join(line.partition(_SERVER)[:2]) for line in log.errors]
+    lines = [_without(line, source, "INPUT") for line in lines]
     return [_without(line, output, "OUTPUT") for line in lines]
 
 
@@ -78,8 +85,16 @@ def write_failed(lines: list[str]) -> bool:
     return any(_WRITE_FAILED.search(line) for line in lines)
 
 
-def classify(lines: list[str], *, is_url: bool = False) -> Reason:
-    """The reason of ffmpeg's own failure, from ``lines_without_names``."""
+def sending_failed(lines: list[str]) -> bool:
+    """Whether it is the output, a stream, that was not taken, or no longer."""
+    return any("OUTPUT" in line or _SEND_FAILED.search(line) for line in lines)
+
+
+def classify(lines: list[str], *, is_url: bool = False, is_stream: bool = False) -> Reason:
+    """The reason of ffmpeg's own failure, from ``lines_without_names``.
+
+    ``is_url`` is said of the input, ``is_stream`` of the output.
+    """
 
     def found(pattern: re.Pattern[str]) -> bool:
         return any(pattern.search(line) for line in lines)
@@ -88,6 +103,11 @@ def classify(lines: list[str], *, is_url: bool = False) -> Reason:
         return Reason.RESOURCE_ERROR
     if found(_CAPABILITY):
         return Reason.CAPABILITY_MISMATCH
+    if is_stream and (
+        sending_failed(lines)
+        or any("INPUT" not in line and _NETWORK.search(line) for line in lines)
+    ):
+        return Reason.NETWORK_ERROR
     if any("OUTPUT" in line and _OUTPUT.search(line) for line in lines):
         return Reason.PLATFORM_ERROR
     if is_url and found(_NETWORK):

@@ -7,8 +7,8 @@ from pathlib import Path
 from worker.jobs.containers import audio_options
 from worker.jobs.encoders import codec_of, preset_options
 from worker.jobs.places import FILE_PROTOCOLS, PROTOCOLS
-from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, UrlInput
-from worker.jobs.text import redact
+from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, StreamOutput, UrlInput
+from worker.jobs.text import redact, url_scheme
 
 _MAX_DECODER_THREADS = 16  # ffmpeg advises against more, and each counts against the task limit
 _GLOBAL = (
@@ -22,6 +22,9 @@ _GLOBAL = (
 _EVEN_ONLY = frozenset({"h264", "hevc", "av1"})  # their encoders refuse an odd size, or some do
 _INPUT_ENCODERS = ("libx264", "libopenh264", "mpeg4")
 _INPUT_BITS_PER_PIXEL = 0.1  # 4K at 60 frames/s: 50 Mbit/s; unbounded noise would be ten times that
+_KEYFRAME_SEC = 2  # a viewer can join at a keyframe only
+SERVER_TIMEOUT_SEC = 10
+"""For each answer of a streaming server, and for each write that it holds up."""
 _PROBE_ENTRIES = (
     "format=format_name,duration,size,bit_rate"
     ":stream=codec_type,codec_name,width,height,avg_frame_rate,r_frame_rate,nb_frames,duration"
@@ -83,18 +86,44 @@ def transcode_command(
         *("-loglevel", "level+quiet" if _has_secret(spec) else "level+info"),
         *_hardware(spec),
         *_input(spec, source),
-        *(("-t", _decimal(spec.duration_sec)) if spec.duration_sec is not None else ()),
-        *("-sn", "-dn"),
-        *("-c:v", spec.encoder),
-        *("-b:v", str(spec.bitrate_bps)),
-        *preset_options(spec.encoder, spec.preset),
-        *(("-tune", spec.tune) if spec.tune is not None else ()),
-        *(("-row-mt", "1") if spec.encoder in ("libvpx-vp9", "libaom-av1") else ()),
-        *("-threads", str(spec.threads)),
-        *_filters(spec),
-        *(("-r", _decimal(spec.frame_rate)) if spec.frame_rate is not None else ()),
-        *audio_options(spec.muxer),
+        *_encoding(spec, spec.duration_sec),
         *("-f", spec.muxer, _file(output)),
+    )
+
+
+def stream_command(spec: JobSpec, ffmpeg: Path | str, source: Path | str) -> tuple[str, ...]:
+    """Send ``source`` (see ``transcode_command``) to a server, at the speed of life.
+
+    A test video is made on the way, with a tone, and ``source`` is of no account.
+    """
+    if not isinstance(spec.output, StreamOutput):
+        raise ValueError(f"the output of job {spec.id} is a file")
+    url, made, duration = spec.output.url, spec.source, spec.duration_sec
+    if isinstance(made, GeneratedInput):
+        rate = _decimal(made.frame_rate)
+        reading: tuple[str, ...] = (
+            *("-re", "-f", "lavfi", "-i", f"testsrc2=size={made.width}x{made.height}:rate={rate}"),
+            *("-re", "-f", "lavfi", "-i", "sine=frequency=1000:sample_rate=44100"),
+        )
+        duration = made.duration_sec if duration is None else duration
+    else:
+        # What comes over a network comes at its own speed.
+        pace = () if isinstance(made, UrlInput) else ("-re",)
+        reading = (*pace, *_input(spec, source))
+    return (
+        str(ffmpeg),
+        *_GLOBAL,
+        *("-loglevel", "level+quiet" if _has_secret(spec) else "level+info"),
+        *_hardware(spec),
+        *reading,
+        *_encoding(spec, duration),
+        *(("-pix_fmt", "yuv420p") if not spec.encoder.endswith("_vaapi") else ()),
+        *_keyframes(spec),
+        # There is no header to go back to when the length is known.
+        *("-flvflags", "no_duration_filesize"),
+        *("-protocol_whitelist", PROTOCOLS[url_scheme(url)]),
+        *("-rw_timeout", str(SERVER_TIMEOUT_SEC * 1_000_000)),
+        *("-f", spec.muxer, url),
     )
 
 
@@ -131,12 +160,40 @@ def report_environment(log: Path) -> dict[str, str]:
     return {"FFREPORT": f"file={name}:level=40"}
 
 
+def _encoding(spec: JobSpec, duration: float | None) -> tuple[str, ...]:
+    return (
+        *(("-t", _decimal(duration)) if duration is not None else ()),
+        *("-sn", "-dn"),
+        *("-c:v", spec.encoder),
+        *("-b:v", str(spec.bitrate_bps)),
+        *preset_options(spec.encoder, spec.preset),
+        *(("-tune", spec.tune) if spec.tune is not None else ()),
+        *(("-row-mt", "1") if spec.encoder in ("libvpx-vp9", "libaom-av1") else ()),
+        *("-threads", str(spec.threads)),
+        *_filters(spec),
+        *(("-r", _decimal(spec.frame_rate)) if spec.frame_rate is not None else ()),
+        *audio_options(spec.muxer),
+    )
+
+
+def _keyframes(spec: JobSpec) -> tuple[str, ...]:
+    rate = spec.frame_rate
+    if isinstance(spec.source, GeneratedInput):
+        rate = spec.source.frame_rate
+    if rate is None:  # the input's own, which only ffmpeg will know
+        return ("-force_key_frames", f"expr:gte(t,n_forced*{_KEYFRAME_SEC})")
+    return ("-g", str(max(1, round(_KEYFRAME_SEC * rate))))
+
+
 def _has_secret(spec: JobSpec) -> bool:
-    """Whether the input's URL must not get into the journal, where standard error goes.
+    """Whether a URL must not get into the journal, where standard error goes.
 
     The log of the job has all that ffmpeg says, and is cleaned before it is sent.
     """
-    return isinstance(spec.source, UrlInput) and redact(spec.source.url) != spec.source.url
+    return any(
+        isinstance(place, UrlInput | StreamOutput) and redact(place.url) != place.url
+        for place in (spec.source, spec.output)
+    )
 
 
 def _hardware(spec: JobSpec) -> tuple[str, ...]:

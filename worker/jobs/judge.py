@@ -6,7 +6,7 @@ import signal
 from typing import Protocol
 
 from worker.errors import Reason
-from worker.jobs.failures import classify, lines_without_names, write_failed
+from worker.jobs.failures import classify, lines_without_names, sending_failed, write_failed
 from worker.jobs.outcome import COMPLETED, Intent, Outcome, stopped
 from worker.jobs.probe import NO_VIDEO
 from worker.jobs.progress import LogFacts
@@ -128,18 +128,19 @@ def judge(
     source: str | None = None,
     output: str | None = None,
     is_url: bool = False,
+    is_stream: bool = False,
     executed: bool = False,
 ) -> Outcome:
     """Judge a unit that has ended.
 
     ``step`` opens the sentence of a failure ("generating the input failed"); empty for the
     transcode itself. ``limits`` are those that the unit ran under. ``source`` and ``output`` are
-    the names on ffmpeg's command line, ``is_url`` says what the source is. ``executed`` says that
-    the program surely ran: its exit status is then its own, and not systemd's word for a failed
-    start, which uses some of the same numbers.
+    the names on ffmpeg's command line, ``is_url`` says what the source is, ``is_stream`` that
+    the output goes to a server. ``executed`` says that the program surely ran: its exit status is
+    then its own, and not systemd's word for a failed start, which uses some of the same numbers.
     """
     verdict = _Judge(
-        state, usage, intent, log, limits, program, source, output, is_url, executed
+        state, usage, intent, log, limits, program, source, output, is_url, is_stream, executed
     ).verdict()
     if verdict.completed:
         return verdict
@@ -164,12 +165,13 @@ class _Judge:
         source: str | None,
         output: str | None,
         is_url: bool,
+        is_stream: bool,
         executed: bool,
     ) -> None:
         self.state, self.usage, self.intent = state, usage, intent
         self.log, self.limits, self.program = log, limits, program
         self.lines, self.is_url = lines_without_names(log, source, output), is_url
-        self.executed = executed
+        self.is_stream, self.executed = is_stream, executed
 
     def verdict(self) -> Outcome:
         state = self.state
@@ -217,6 +219,8 @@ class _Judge:
     def _clean_exit(self) -> Outcome:
         if write_failed(self.lines):
             return Outcome.failed(Reason.RESOURCE_ERROR, self._disk_sentence())
+        if self.is_stream and sending_failed(self.lines):
+            return Outcome.failed(Reason.NETWORK_ERROR, self._network_sentence())
         return COMPLETED
 
     def _out_of_memory(self) -> bool:
@@ -294,7 +298,7 @@ class _Judge:
             return self._stopped(self.log.stopped_by_signal)
         if self.log.input_has_video is False:
             return Outcome.failed(Reason.INPUT_ERROR, NO_VIDEO)
-        reason = classify(self.lines, is_url=self.is_url)
+        reason = classify(self.lines, is_url=self.is_url, is_stream=self.is_stream)
         if write_failed(self.lines):
             return Outcome.failed(Reason.RESOURCE_ERROR, self._disk_sentence())
         if reason is Reason.RUNTIME_ERROR and (self.usage.task_limit_hits or 0) > 0:
@@ -302,7 +306,18 @@ class _Judge:
                 Reason.RESOURCE_ERROR,
                 f"{self.program} was refused a thread or process: its task limit was reached",
             )
-        return Outcome.failed(reason, f"{_SENTENCES[reason](self.program)} (exit status {status})")
+        sentence = _SENTENCES[reason](self.program)
+        if reason is Reason.NETWORK_ERROR:
+            sentence = self._network_sentence()
+        return Outcome.failed(reason, f"{sentence} (exit status {status})")
+
+    def _network_sentence(self) -> str:
+        if self.is_stream and (sending_failed(self.lines) or not self.is_url):
+            return (
+                f"{self.program} could not send the stream: the server is down, went away or "
+                "does not take this application and key"
+            )
+        return _SENTENCES[Reason.NETWORK_ERROR](self.program)
 
 
 _SENTENCES = {

@@ -9,7 +9,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar
 
-from worker.errors import Reason
+from worker.errors import JobError, Reason
+from worker.jobs import streams
 from worker.jobs.capabilities import Capabilities
 from worker.jobs.containers import DEFAULT_MUXER, fits
 from worker.jobs.encoders import check_preset, check_tune, choose_encoder, codec_of
@@ -23,6 +24,7 @@ from worker.jobs.spec import (
     Limits,
     Priority,
     Queue,
+    StreamOutput,
     UrlInput,
 )
 from worker.jobs.text import label
@@ -48,32 +50,47 @@ _KNOWN = frozenset(
     | {"classification", "confidence", "metadata", "description", "name", "tags", "labels"}
 )
 _MAX_NAMED = 10
+_STREAM_MODES = ("rtmp", "stream")
 
 _Parameters = Mapping[str, Any]
 _Rank = TypeVar("_Rank", Queue, Priority)
 
 
 def parse_job(
-    job: Job, capabilities: Capabilities, defaults: Limits, *, generate_input: bool
+    job: Job,
+    capabilities: Capabilities,
+    defaults: Limits,
+    *,
+    generate_input: bool,
+    stream_host: str = "",
 ) -> JobSpec:
     """All that decides how ``job`` is run. Raises JobError, and nothing else.
 
+    ``stream_host`` is where a stream goes that names no place: the master's host, without
+    brackets; empty where there is none.
     Where two fields mean the same thing, only the one that counts is judged.
     """
     parameters = mapping(job.parameters, "parameters")
     scenario = read_scenario(string(job.scenario, "scenario") or "")
     labels = parse_labels(job)
     engine = _engine(job, parameters)
-    _output_mode(parameters)
+    streaming = _streaming(parameters)
     limits, notes = resolve_limits(
         job.resource_limits, parameters, job.wrapper_constraints, defaults, capabilities
     )
 
     duration = _duration(parameters)
-    source = _source(parameters, scenario, duration, generate_input)
+    longest = MAX_DURATION_SEC if streaming else MAX_GENERATED_SEC
+    source = _source(parameters, scenario, duration, generate_input, longest)
     given = not isinstance(source, GeneratedInput)
-    encoder = _encoder(parameters, scenario, capabilities)
-    output, muxer = _output(parameters, source)
+    encoder = _encoder(parameters, scenario, capabilities, streaming)
+    output: Path | StreamOutput | None
+    stream_notes: tuple[str, ...] = ()
+    if streaming:
+        target = streams.read_target(parameters, job.id, stream_host)
+        output, muxer, stream_notes = target.output, streams.MUXER, target.notes
+    else:
+        output, muxer = _output(parameters, source)
     if not fits(codec_of(encoder), muxer):
         raise refused(
             "parameters.output" if output else "parameters.codec",
@@ -104,7 +121,12 @@ def parse_job(
         scale=_size(parameters, scenario) if given and _has_size(parameters) else None,
         frame_rate=_asked_frame_rate(parameters) if given else None,
         limits=limits,
-        notes=(*notes, *([preset_note] if preset_note else []), *_unknown(parameters)),
+        notes=(
+            *notes,
+            *stream_notes,
+            *([preset_note] if preset_note else []),
+            *_unknown(parameters),
+        ),
     )
 
 
@@ -118,6 +140,7 @@ class Labels:
     classification: str
     duration_sec: float | None
     """What the job asks for, None if it does not or that makes no sense."""
+    streaming: bool = False
 
 
 def parse_labels(job: Job) -> Labels:
@@ -129,7 +152,15 @@ def parse_labels(job: Job) -> Labels:
         priority=_member(Priority, job.priority, Priority.MEDIUM),
         classification=_classification(job, parameters),
         duration_sec=_asked_seconds(parameters),
+        streaming=_asks_to_stream(parameters),
     )
+
+
+def _asks_to_stream(parameters: _Parameters) -> bool:
+    try:
+        return _streaming(parameters)
+    except JobError:
+        return False
 
 
 def _asked_seconds(parameters: _Parameters) -> float | None:
@@ -168,15 +199,12 @@ def _engine(job: Job, parameters: _Parameters) -> str:
     raise refused(field, engine, "must be one of auto, ffmpeg, gstreamer")
 
 
-def _output_mode(parameters: _Parameters) -> None:
+def _streaming(parameters: _Parameters) -> bool:
     field = "parameters.output_mode"
     mode = name(parameters.get("output_mode"), field)
-    if mode in ("rtmp", "stream"):
-        raise refused(
-            field, mode, "this node writes files and cannot stream", Reason.CAPABILITY_MISMATCH
-        )
-    if mode not in (None, "file"):
+    if mode not in (None, "file", *_STREAM_MODES):
         raise refused(field, mode, "must be one of file, rtmp, stream")
+    return mode in _STREAM_MODES
 
 
 def _first(parameters: _Parameters, *fields: str) -> tuple[str, object]:
@@ -198,7 +226,11 @@ def _duration(parameters: _Parameters) -> float | None:
 
 
 def _source(
-    parameters: _Parameters, scenario: Scenario, duration: float | None, generate_input: bool
+    parameters: _Parameters,
+    scenario: Scenario,
+    duration: float | None,
+    generate_input: bool,
+    longest: float,
 ) -> GeneratedInput | FileInput | UrlInput:
     value = string(parameters.get("input"), "parameters.input")
     if value is not None:
@@ -211,7 +243,7 @@ def _source(
         frame_rate = 30.0
         if scenario.frame_rate is not None:
             frame_rate = number(scenario.frame_rate, "scenario's frame rate", 1, MAX_FPS)
-    length = min(MAX_GENERATED_SEC, duration or DEFAULT_GENERATED_SEC)
+    length = min(longest, duration or DEFAULT_GENERATED_SEC)
     return GeneratedInput(width, height, frame_rate, length)
 
 
@@ -258,11 +290,18 @@ def _asked_frame_rate(parameters: _Parameters) -> float | None:
     return None if value is None else number(value, field, 1, MAX_FPS, " frames per second")
 
 
-def _encoder(parameters: _Parameters, scenario: Scenario, capabilities: Capabilities) -> str:
-    codec = name(parameters.get("codec"), "parameters.codec")
-    if codec is not None:
-        return choose_encoder(codec, "parameters.codec", capabilities)
-    return choose_encoder(scenario.codec, "scenario's codec", capabilities)
+def _encoder(
+    parameters: _Parameters, scenario: Scenario, capabilities: Capabilities, streaming: bool
+) -> str:
+    codec, field = name(parameters.get("codec"), "parameters.codec"), "parameters.codec"
+    if codec is None:
+        codec, field = scenario.codec, "scenario's codec"
+    encoder = choose_encoder(codec, field, capabilities)
+    if streaming and codec is None and codec_of(encoder) != streams.CODEC:
+        return choose_encoder(streams.CODEC, "codec of a stream", capabilities)
+    if streaming:
+        streams.check_codec(encoder, codec, field)
+    return encoder
 
 
 def _output(parameters: _Parameters, source: object) -> tuple[Path | None, str]:

@@ -109,7 +109,7 @@ def check_output(
         raise JobError(Reason.INPUT_ERROR, NO_VIDEO)
     if not media.has_video or not media.decodes:
         what = "a frame that can be decoded" if media.has_video else "a video stream"
-        raise _fault(damaged, f"the output is without {what}", log)
+        raise fault(log, f"the output is without {what}")
     length = encoded_sec if media.duration_sec is None else media.duration_sec
     if damaged and length is not None and media.video_duration_sec is not None:
         # Sound goes on where the picture is lost.
@@ -122,12 +122,13 @@ def check_output(
     tolerance = min(tolerance, max(2 / frame_rate, expected_sec / 2))
     if length < expected_sec - tolerance:
         sentence = f"the output has {length:.2f} s of the {expected_sec:.2f} s that were expected"
-        raise _fault(damaged, sentence, log)
+        raise fault(log, sentence)
 
 
-def _fault(damaged: bool, sentence: str, log: LogFacts) -> JobError:
+def fault(log: LogFacts, sentence: str) -> JobError:
+    """The error of an output that is not what was asked for: the input's fault if it is damaged."""
     said = f"; ffmpeg: {log.last_error}" if log.last_error else ""
-    if damaged:
+    if input_is_damaged(log):
         return JobError(Reason.INPUT_ERROR, f"{sentence}: the input is damaged or cut off{said}")
     return JobError(Reason.RUNTIME_ERROR, sentence + said)
 

@@ -15,7 +15,7 @@ from worker.jobs.parse import parse_labels
 from worker.jobs.probe import Media
 from worker.jobs.progress import Progress
 from worker.jobs.sla import Sla, sla
-from worker.jobs.spec import JobSpec
+from worker.jobs.spec import JobSpec, StreamOutput
 from worker.jobs.text import is_url, plain, redact, shortened
 from worker.master.wire import Job, JobResult
 
@@ -48,6 +48,7 @@ class JobRun:
     """The output, as probed."""
     input_bytes: int | None = None
     output_bytes: int | None = None
+    """The file's size, or what was sent of a stream."""
     generation_sec: float | None = None
     """How long making the input took."""
     input_encoder: str | None = None
@@ -105,6 +106,7 @@ def _figures(run: JobRun) -> dict[str, Any]:
     progress, media, usage = run.progress or Progress(), run.media or Media(), run.usage
     seconds = run.transcode_sec
     output = run.output_bytes
+    is_stream = run.spec is not None and isinstance(run.spec.output, StreamOutput)
     frames = media.frames if progress.frame is None else progress.frame
     size = (media.width, media.height) if media.width and media.height else None
     speed = progress.speed
@@ -113,7 +115,7 @@ def _figures(run: JobRun) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "output_size_bytes": output,
         "output_size_mb": None if output is None else output / 2**20,
-        "output_file_bytes": output,
+        "output_file_bytes": None if is_stream else output,
         "input_file_bytes": run.input_bytes,
         "output_duration_sec": media.duration_sec or progress.out_time_sec,
         "frames_encoded": frames,
@@ -178,11 +180,11 @@ def _sla(run: JobRun, outcome: Outcome) -> dict[str, Any]:
 
 
 def _analysis(run: JobRun, outcome: Outcome) -> dict[str, Any]:
-    spec = run.spec
+    spec, labels = run.spec, parse_labels(run.job)
     analysis: dict[str, Any] = {
-        "scenario": parse_labels(run.job).scenario,
+        "scenario": labels.scenario,
         "engine": spec.engine if spec else "ffmpeg",
-        "output_mode": "file",
+        "output_mode": "rtmp" if labels.streaming else "file",
         "exec_duration": run.total_sec if run.transcode_sec is None else run.transcode_sec,
         "status": "success" if outcome.completed else "failed",
     }
@@ -197,6 +199,8 @@ def _analysis(run: JobRun, outcome: Outcome) -> dict[str, Any]:
             "priority": spec.priority.value,
             "notes": list(spec.notes) or None,
         }
+        if isinstance(spec.output, StreamOutput):
+            analysis["stream_url"] = redact(spec.output.url)
     return analysis
 
 

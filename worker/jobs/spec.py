@@ -52,7 +52,8 @@ class GeneratedInput:
     height: int
     frame_rate: float
     duration_sec: float
-    """Of the generated file, at most 120 s; a longer job loops over it."""
+    """Of the generated file, at most 120 s; a longer job loops over it. A stream is made as it
+    is sent, so it has its whole length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,14 @@ class FileInput:
 class UrlInput:
     url: str
     scheme: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOutput:
+    """A server that the output is sent to while it is made."""
+
+    url: str
+    """``rtmp://`` or ``rtmps://``; its last element, the stream's key, is a secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class JobSpec:
     engine: str
     """``ffmpeg``"""
     source: GeneratedInput | FileInput | UrlInput
-    output: Path | None
+    output: Path | StreamOutput | None
     """Where the job wants its output; None is the default path under the work directory."""
     muxer: str
     """ffmpeg's name of the container, by the output's suffix."""

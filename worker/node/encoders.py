@@ -36,8 +36,10 @@ _HARDWARE_NAME = re.compile(
     r".*_(nvenc|qsv|vaapi|amf|v4l2m2m|omx|mf|mediacodec|videotoolbox|vulkan|d3d12va|rkmpp|mmal)"
 )
 _VIDEO_ENCODER = re.compile(r" V[.A-Z]{5} ([0-9A-Za-z_.-]+)(?: |$)")
-_TIME_LIMIT = 15.0
-"""Seconds: the first use of a GPU after boot can take several."""
+_TRIAL_SEC = 15.0
+"""The first use of a GPU after boot can take several seconds."""
+_LISTING_SEC = 60.0
+"""Longer: without the listing no job can run, and a busy machine takes its time to load ffmpeg."""
 _ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH")
 
 
@@ -51,6 +53,8 @@ class Encoders:
     """Those that encoded a frame."""
     failed: frozenset[str] = frozenset()
     """Those that were tried and did not."""
+    unknown: frozenset[str] = frozenset()
+    """Those whose trial took too long to say anything."""
 
     @property
     def hardware(self) -> frozenset[str]:
@@ -127,7 +131,7 @@ async def probe(gpus: Sequence[Gpu] = (), *, ffmpeg: str = "ffmpeg") -> Encoders
         logger.warning("%s is not installed (or not in PATH): no job can run here", ffmpeg)
         return Encoders()
     encoders, hwaccels = await asyncio.gather(
-        _run([path, "-hide_banner", "-encoders"]), _run([path, "-hide_banner", "-hwaccels"])
+        _listing(path, "-encoders"), _listing(path, "-hwaccels")
     )
     if encoders is None:
         logger.warning("%s -encoders does not work: no job can run here", path)
@@ -135,9 +139,13 @@ async def probe(gpus: Sequence[Gpu] = (), *, ffmpeg: str = "ffmpeg") -> Encoders
     listed = parse_encoders(encoders)
     at_once = asyncio.Semaphore(usable_cpus())
 
-    async def works(encoder: str, render_node: str | None) -> bool:
-        async with at_once:
-            output = await _run(trial_command(path, encoder, render_node))
+    async def works(encoder: str, render_node: str | None) -> bool | None:
+        """None: it took too long to tell."""
+        try:
+            async with at_once:
+                output = await _run(trial_command(path, encoder, render_node), _TRIAL_SEC)
+        except TimeoutError:
+            return None
         return output is not None and re.search(r"^frame=1$", output, re.MULTILINE) is not None
 
     tried = candidates(listed, gpus)
@@ -147,16 +155,39 @@ async def probe(gpus: Sequence[Gpu] = (), *, ffmpeg: str = "ffmpeg") -> Encoders
         listed=listed,
         hwaccels=parse_hwaccels(hwaccels or ""),
         proven=frozenset(name for name, good in outcome.items() if good),
-        failed=frozenset(name for name, good in outcome.items() if not good),
+        failed=frozenset(name for name, good in outcome.items() if good is False),
+        unknown=frozenset(name for name, good in outcome.items() if good is None),
     )
     logger.info("encoders that work: %s", ", ".join(sorted(found.proven)) or "none")
     if found.failed:
         logger.info("encoders that do not work here: %s", ", ".join(sorted(found.failed)))
+    if found.unknown:
+        logger.warning(
+            "encoders whose trial took longer than %g s: %s; those of software may be used all the"
+            " same, those of hardware not before the worker is started again",
+            _TRIAL_SEC, ", ".join(sorted(found.unknown)),
+        )  # fmt: skip
     return found
 
 
-async def _run(argv: Sequence[str]) -> str | None:
-    """Standard output, or None where the process failed or took too long."""
+async def _listing(ffmpeg: str, what: str) -> str | None:
+    """The output of ``ffmpeg -encoders`` and the like; None where two attempts came to nothing."""
+    for _ in range(2):
+        try:
+            output = await _run([ffmpeg, "-hide_banner", what], _LISTING_SEC)
+        except TimeoutError:
+            logger.warning("%s %s did not end within %g s", ffmpeg, what, _LISTING_SEC)
+            continue
+        if output is not None:
+            return output
+    return None
+
+
+async def _run(argv: Sequence[str], limit: float) -> str | None:
+    """Standard output, or None where the process failed.
+
+    Raises TimeoutError after ``limit`` seconds, when it has been killed.
+    """
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     try:
         process = await asyncio.create_subprocess_exec(
@@ -171,11 +202,11 @@ async def _run(argv: Sequence[str]) -> str | None:
         logger.debug("%s cannot be run: %s", argv[0], error)
         return None
     try:
-        async with asyncio.timeout(_TIME_LIMIT):
+        async with asyncio.timeout(limit):
             stdout, stderr = await process.communicate()
     except TimeoutError:
-        logger.debug("gave up after %.0f s: %s", _TIME_LIMIT, " ".join(argv))
-        return None
+        logger.debug("gave up after %g s: %s", limit, " ".join(argv))
+        raise
     finally:
         if process.returncode is None:
             # the whole group: a wrapper script may have started the real ffmpeg

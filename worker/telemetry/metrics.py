@@ -71,6 +71,8 @@ class Metrics:
         self._undelivered = 0
         self._master_up = False
         self._disk_used: float | None = None
+        self._attached: frozenset[str] = frozenset()
+        self._discovered = 0
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -151,6 +153,13 @@ class Metrics:
         with self._lock:
             self._disk_used = ratio
 
+    def set_attached(self, names: Iterable[str]) -> None:
+        """The scopes that hold attached processes now; those not seen the last time are new."""
+        attached = frozenset(names)
+        with self._lock:
+            self._discovered += len(attached - self._attached)
+            self._attached = attached
+
     def set_encoders(self, encoders: Iterable[str], *, has_gpu: bool) -> None:
         """Encoders that encoded a frame on this machine."""
         with self._lock:
@@ -215,7 +224,11 @@ class Metrics:
                 "Jobs within the SLA, percent of those that count for it (100 before the first)",
                 100.0 * self._sla_met / sla_jobs if sla_jobs else 100.0,
             ),
-            ("worker_active_attachments", "Foreign processes under limits of ours", 0),
+            (
+                "worker_active_attachments",
+                "Foreign processes under limits of ours",
+                len(self._attached),
+            ),
         ]
         gauges += [
             (
@@ -244,7 +257,11 @@ class Metrics:
                 "Cancelled jobs that needed SIGKILL",
                 self._cancelled_forceful,
             ),
-            ("worker_discovered_processes_total", "Foreign processes found", 0),
+            (
+                "worker_discovered_processes_total",
+                "Foreign processes seen under limits of ours",
+                self._discovered,
+            ),
         ]
         for name, help_text, value in gauges:
             if value is not None:

@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m tests.bench``, see ``__main__``."""
