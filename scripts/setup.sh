@@ -29,6 +29,9 @@ py "from gi.repository import GLib"   |python3-gi    |python3-gobject  |PyGObjec
 py "import ctypes; ctypes.CDLL(\"libudev.so.1\")"|libudev1|systemd-libs|libudev, to find the GPUs
 systemd_is_there                      |systemd       |systemd          |systemd, which runs the jobs
 bus_is_there                          |dbus          |dbus-daemon      |the D-Bus daemon, to talk to systemd
+[ -n "$(ls /lib/*/security/pam_systemd.so /lib64/security/pam_systemd.so 2>/dev/null)" ] |libpam-systemd|systemd-pam|PAM for user managers, for the tests
+[ -e /usr/lib/systemd/user/dbus.socket ] |dbus-user-session|dbus-daemon|a bus for each user, for the tests
+has useradd |passwd|shadow-utils|useradd, for the tests
 has ffmpeg && has ffprobe             |ffmpeg        |ffmpeg           |ffmpeg and ffprobe (for dnf, from RPM Fusion)
 has unshare && has setpriv             |util-linux    |util-linux       |unshare and setpriv, for the tests
 has mount                             |mount         |util-linux       |mount, for the tests

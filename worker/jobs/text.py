@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
 # Up to the next blank, for a password or a key may hold anything else; marks that end a phrase
 # are not taken for a part of the URL.
@@ -19,8 +18,14 @@ _STREAM_SCHEMES = frozenset({"rtmp", "rtmps", "rtmpt", "rtmpts", "rtmpe", "rtmpt
 
 
 def escaped(text: str) -> str:
-    """``text`` with control characters, bidi marks and lone surrogates as ``\\x..`` escapes."""
-    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
+    """``text`` with all that is not printable (control characters, bidi marks, lone surrogates,
+    code points without a character) as ``\\x..`` escapes."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
 
 
 def shortened(text: str, limit: int) -> str:

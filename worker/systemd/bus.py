@@ -41,6 +41,10 @@ _CONNECTION_ERRORS = frozenset(
     f"{DBUS}.Error.{name}"
     for name in ("ServiceUnknown", "NameHasNoOwner", "NoReply", "Disconnected")
 )
+DENIED = frozenset(
+    f"{DBUS}.Error.{name}"
+    for name in ("AccessDenied", "InteractiveAuthorizationRequired", "AuthFailed")
+)
 _ALREADY_SUBSCRIBED = f"{SYSTEMD}.AlreadySubscribed"
 
 
@@ -267,6 +271,8 @@ def plain(values: dict[str, object]) -> dict[str, object]:
 def translate(name: str, text: str, member: str) -> SystemdError:
     """The typed exception for a D-Bus error answer."""
     message = f"systemd refused {member}: {text or name}"
+    if name in DENIED:
+        message += " (run as root, or with --user for jobs of the user's own service manager)"
     if name == f"{SYSTEMD}.UnitExists":
         return UnitExists(message, name)
     if name == f"{SYSTEMD}.NoSuchUnit":

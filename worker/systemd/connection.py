@@ -29,8 +29,9 @@ def bus_address(*, user: bool) -> str:
     if folder := os.environ.get("XDG_RUNTIME_DIR"):
         return f"unix:path={folder}/bus"
     raise SystemdError(
-        "no user bus: neither DBUS_SESSION_BUS_ADDRESS nor XDG_RUNTIME_DIR is set."
-        " Log in as the user, or enable lingering (loginctl enable-linger USER)"
+        "no user bus: neither DBUS_SESSION_BUS_ADDRESS nor XDG_RUNTIME_DIR is set. Log in as the"
+        " user; after su or sudo: export XDG_RUNTIME_DIR=/run/user/$(id -u), and where that folder"
+        " is missing, loginctl enable-linger USER first"
     )
 
 

@@ -34,7 +34,7 @@ from worker.systemd.attachment import (
     scope_name,
     scope_properties,
 )
-from worker.systemd.bus import MANAGER, Bus
+from worker.systemd.bus import DENIED, MANAGER, Bus
 from worker.systemd.launcher import parse_version
 from worker.systemd.library import Variant
 from worker.systemd.names import object_path
@@ -48,10 +48,6 @@ _ROUNDS = 50
 _SETTLE_SEC = 30.0
 _LOOK_SEC = 0.5
 _EMPTY_SEC = 3.0
-_DENIED = frozenset(
-    f"org.freedesktop.DBus.Error.{name}"
-    for name in ("AccessDenied", "InteractiveAuthorizationRequired", "AuthFailed")
-)
 
 
 async def attachments(bus: Bus) -> frozenset[str]:
@@ -219,7 +215,7 @@ class Scopes:
                     raise
                 rejected.add(error.property_name)
             except SystemdError as error:
-                if error.name in _DENIED:
+                if error.name in DENIED:
                     raise AttachError(
                         f"not permitted to start {unit}: run this as root, or with --user for"
                         " processes of your own"
