@@ -19,7 +19,7 @@ from worker.jobs.progress import LogFacts, Progress, parse_progress, read_log
 from worker.jobs.spec import JobSpec, Limits, Priority, StreamOutput, UrlInput
 from worker.jobs.streams import without_key
 from worker.master.wire import Job
-from worker.systemd.launch import DeviceLimit, Launch, UnitLimits
+from worker.systemd.launch import Launch, UnitLimits
 from worker.systemd.launcher import Launcher
 from worker.systemd.names import Step, slice_name, unit_name
 from worker.systemd.state import UnitState
@@ -174,7 +174,6 @@ class Steps:
         }[step]  # fmt: skip
         if step is Step.MAIN and isinstance(spec.output, StreamOutput):
             what = "stream of"
-        io = limits.io
         return Launch(
             unit=unit_name(self._job.id, step),
             description=f"FFmpeg {what} job {spec.id} ({spec.scenario or 'no scenario'}, "
@@ -187,15 +186,7 @@ class Steps:
                 runtime_sec=limits.timeout_sec,
                 file_bytes=limits.disk_mb * MIB,
                 cpu_weight=limits.cpu_weight or CPU_WEIGHT[spec.priority],
-                devices=(
-                    (
-                        DeviceLimit(
-                            io.device, io.read_bps, io.write_bps, io.read_iops, io.write_iops
-                        ),
-                    )
-                    if io
-                    else ()
-                ),
+                devices=(limits.io,) if limits.io else (),
             ),
             stdout=space.stdout(step),
             environment=ffmpeg.report_environment(space.log(step)),

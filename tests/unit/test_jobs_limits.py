@@ -8,7 +8,8 @@ import pytest
 from worker.errors import JobError, Reason
 from worker.jobs.capabilities import TYPICAL
 from worker.jobs.limits import resolve_limits
-from worker.jobs.spec import IoLimit, Limits
+from worker.jobs.spec import Limits
+from worker.systemd.launch import DeviceLimit
 
 DEFAULTS = Limits(cpu_percent=200, memory_mb=2048, disk_mb=5000, timeout_sec=3600)
 
@@ -55,7 +56,7 @@ def test_cpu_max(cpu_max: str, percent: int) -> None:
 
 def test_io_max() -> None:
     text = "8:16 rbps=2097152 wiops=120 wbps=max"
-    assert resolve(wrapper={"io_max": text}).io == IoLimit("8:16", 2097152, None, None, 120)
+    assert resolve(wrapper={"io_max": text}).io == DeviceLimit("8:16", 2097152, None, None, 120)
     assert resolve(wrapper={"io_max": "8:16 rbps=max"}).io is None
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from math import ceil
 
 from worker.jobs.capabilities import Capabilities
-from worker.jobs.spec import IoLimit, Limits
+from worker.jobs.spec import Limits
 from worker.jobs.values import integer, mapping, refused
+from worker.systemd.launch import DeviceLimit
 
 MAX_CPU_PERCENT = 100 * 4096
 MAX_MEMORY_MB = 2**30
@@ -126,7 +127,7 @@ def _cpu_max(value: object, node_percent: int) -> int | None:
     return ceil(100 * quota / period)
 
 
-def _io_max(value: object) -> IoLimit | None:
+def _io_max(value: object) -> DeviceLimit | None:
     """One line of cgroup v2's ``io.max``: ``MAJ:MIN rbps=N wbps=N riops=N wiops=N``."""
     field = "wrapper_constraints.io_max"
     accepted = (
@@ -142,7 +143,7 @@ def _io_max(value: object) -> IoLimit | None:
     found = dict(_io_settings(settings, value, field, accepted))
     if not any(rate is not None for rate in found.values()):
         return None
-    return IoLimit(device, **found)
+    return DeviceLimit(device, **found)
 
 
 def _io_settings(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from worker.systemd.launch import DeviceLimit
+
 
 class Queue(StrEnum):
     LIVE = "live"
@@ -20,17 +22,6 @@ class Priority(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class IoLimit:
-    """One line of cgroup v2's io.max for the block device ``MAJOR:MINOR``."""
-
-    device: str
-    read_bps: int | None = None
-    write_bps: int | None = None
-    read_iops: int | None = None
-    write_iops: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Limits:
     """What a job may use."""
 
@@ -41,7 +32,7 @@ class Limits:
     timeout_sec: int
     cpu_weight: int | None = None
     """1 to 10000; None leaves it to the priority."""
-    io: IoLimit | None = None
+    io: DeviceLimit | None = None
 
 
 @dataclass(frozen=True, slots=True)
