@@ -41,6 +41,18 @@ PROJECT = Path(__file__).resolve().parents[2]
 _HERE = Path(__file__).resolve().parent
 _BOOT_TIMEOUT_SEC = 30.0
 _STOP_TIMEOUT_SEC = 10.0
+_OWN_FOLDERS = (
+    "/",
+    "/tmp",
+    "/run",
+    "/var",
+    "/var/run",
+    "/var/tmp",
+    "/dev",
+    "/proc",
+    "/sys",
+    "/etc",
+)
 # No site packages, no PYTHON* variables: the programs next to this one start in 20 ms.
 _PYTHON = [sys.executable, "-S", "-s", "-E"]
 
@@ -69,7 +81,11 @@ class Bed:
             if not Path(outside).is_dir():
                 raise BedError(f"{outside} cannot be bound: it is no folder")
             absolute = str(Path(outside).resolve())
-            self._binds.append((absolute, os.path.normpath(inside or absolute), False))
+            target = os.path.normpath(inside or absolute)
+            if target in _OWN_FOLDERS:
+                # systemd-tmpfiles empties /tmp at boot, and what it emptied would be the host's.
+                raise BedError(f"{outside} cannot be bound to {target}: that is the bed's own")
+            self._binds.append((absolute, target, False))
         self._host_network = host_network
         self._detached = detached
         self._supervisor: subprocess.Popen[bytes] | None = None

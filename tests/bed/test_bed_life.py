@@ -89,6 +89,13 @@ def test_bind_can_be_written(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "inside\n"
 
 
+@pytest.mark.parametrize("inside", ["", "/tmp", "/var/tmp/", "/", "/run/../etc"])
+def test_what_the_bed_empties_or_fills_itself_is_never_bound(tmp_path: Path, inside: str) -> None:
+    outside = str(tmp_path) if inside else "/tmp"
+    with pytest.raises(BedError, match="the bed's own"):
+        Bed(binds=[(outside, inside)])
+
+
 def test_network_of_the_host_or_of_its_own(name: str) -> None:
     ours = Path("/proc/self/ns/net").readlink()
     with Bed(name, host_network=True) as made:
