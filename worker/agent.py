@@ -234,6 +234,7 @@ class Agent:
         # The master knows the node again before it hears of its jobs: a report first could make
         # it give us a new id (it does so for a node whose job has just been queued again).
         await session.register()
+        dispatcher.changed.set()
         for job, result in ((entry.job, entry.result) for entry in left):
             if result is not None:
                 logger.info("job %s: its result was not delivered yet", job.id)
