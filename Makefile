@@ -1,6 +1,7 @@
 # make demo    set up all that is needed and show the main job, end to end
 # make test    set up all that is needed and run the whole suite
 # make bench   measure against the targets (BENCH_ARGS=--quick, or names; see tests/bench)
+# make test-vm the systemd and service tests on cgroup v2, in an emulated Debian (SUITE=trixie; 20 min)
 # make lint    ruff and mypy
 # make setup   .venv/bin/ffmpeg-worker, and the packages of the distribution it needs
 # make wheels  build/wheels: the project and all it needs at run time, to install without network
@@ -10,9 +11,10 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SUITE ?= bookworm
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: setup wheels demo test bench lint clean as-root
+.PHONY: setup wheels demo test test-vm bench lint clean as-root
 
 # Said at once, not after minutes of setup.
 as-root:
@@ -53,6 +55,9 @@ test: as-root setup wheels
 	$(PY) tests/bed/bed.py run -- \
 	  $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/system tests/e2e || status=1; \
 	exit $$status
+
+test-vm: as-root setup
+	@$(PY) tests/bed/vm.py test --suite $(SUITE) $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
 
 bench: as-root setup
 	@$(PY) -m tests.bench --out $(CURDIR)/build/bench/bench.tsv $(BENCH_ARGS)

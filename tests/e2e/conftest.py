@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.master import FakeMaster
+from tests.slowness import SLOWNESS
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / ".venv/bin/ffmpeg-worker"
@@ -80,7 +81,7 @@ class Worker:
     def get(self, path: str) -> tuple[int, str]:
         url = f"http://127.0.0.1:{METRICS_PORT}{path}"
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with urllib.request.urlopen(url, timeout=5 * SLOWNESS) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:

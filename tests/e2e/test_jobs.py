@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.e2e.conftest import WORK_DIR, Worker, parameters
 from tests.fakes.master import FakeMaster
+from tests.slowness import SLOWNESS
 
 
 def run(master: FakeMaster, job: Any, extra: Any = None, timeout: float = 60) -> dict[str, Any]:
@@ -135,9 +136,9 @@ def test_the_memory_limit_holds_20_times_of_20(
 def test_a_job_over_its_time_limit(worker: Worker, master: FakeMaster) -> None:
     worker.start(master)
     job = {
-        "scenario": "1280x720p60-h265",
+        "scenario": "320x180p60-h265",
         "parameters": {
-            "duration": 8,
+            "duration": 30 / SLOWNESS,
             "preset": "veryslow",
             "resource_limits": {"timeout_sec": 2},
         },
@@ -268,9 +269,9 @@ def test_the_output_name_never_shows_a_partial_file(
     output = tmp_path / "out.mp4"
     output.write_text("an older file")
     job = {
-        "scenario": "1280x720p60-h265",
+        "scenario": "320x180p60-h265",
         "parameters": {
-            "duration": 8,
+            "duration": 30 / SLOWNESS,
             "preset": "veryslow",
             "output": str(output),
             "resource_limits": {"timeout_sec": 2},

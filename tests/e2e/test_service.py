@@ -15,11 +15,12 @@ import pytest
 
 from tests.e2e.conftest import PROGRAM, WORK_DIR, Worker, job_units, parameters, sh
 from tests.fakes.master import FakeMaster
+from tests.slowness import SLOWNESS
 
 
 def until(what: Callable[[], Any], timeout: float = 20, name: str = "") -> Any:
     """What ``what()`` returns, once it is true: for states that nothing announces to a test."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * SLOWNESS
     while not (value := what()):
         assert time.monotonic() < deadline, name or "not in time"
         time.sleep(0.05)
@@ -162,7 +163,7 @@ def test_a_second_agent_keeps_its_hands_off(
         return subprocess.Popen([PROGRAM], env=environment, stderr=subprocess.PIPE, text=True)
 
     same = second(WORK_DIR)
-    _, said = same.communicate(timeout=30)
+    _, said = same.communicate(timeout=30 * SLOWNESS)
     assert same.returncode == 1
     assert "another worker uses the work directory" in said
 
@@ -171,7 +172,7 @@ def test_a_second_agent_keeps_its_hands_off(
     before = len(master.seen("GET /jobs/next"))
     master.wait_for_request("GET /jobs/next", before + 10)
     other.terminate()
-    _, said = other.communicate(timeout=30)
+    _, said = other.communicate(timeout=30 * SLOWNESS)
     assert other.returncode == 0
     assert "not ours to touch" in said
     assert sh("systemctl", "show", "-p", "InvocationID", unit) == started
@@ -391,7 +392,7 @@ class TestRun:
             capture_output=True,
             text=True,
             env=os.environ | environment,
-            timeout=120,
+            timeout=120 * SLOWNESS,
         )
 
     @pytest.fixture(autouse=True)
@@ -431,6 +432,6 @@ class TestRun:
             )
         )
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=30 * SLOWNESS)
         assert process.returncode == 1, err
         assert json.loads(out)["status"] == "failed"

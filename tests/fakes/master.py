@@ -30,6 +30,7 @@ if __package__ in (None, ""):  # started as a program
 from tests.fakes.server import Fault, Kind, Request, Server
 from tests.fakes.shapes import Data
 from tests.fakes.store import Store
+from tests.slowness import SLOWNESS
 
 T = TypeVar("T")
 
@@ -125,7 +126,7 @@ class FakeMaster:
     ) -> T:
         """What ``what()`` returns, once that is true; asked after each change."""
         with self.store.changed:
-            value = self.store.changed.wait_for(what, timeout)
+            value = self.store.changed.wait_for(what, timeout * SLOWNESS)
         if not value:
             raise TimeoutError(f"{name}: not within {timeout:g} s")
         return value

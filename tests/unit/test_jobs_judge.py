@@ -97,6 +97,7 @@ def test_the_time_limit() -> None:
         (KILLED, Used(oom_kills=None, memory_peak_bytes=510 * 2**20), "memory limit of 512 MB"),
         (KILLED, Used(oom_kills=1, memory_peak_bytes=2**20), "the host ran out of memory"),
         (State("oom-kill", 1, 1), Used(oom_kills=None), "the host ran out of memory"),
+        (State("oom-kill", 2, 9), Used(None, None, None, None, None, None), "memory limit of 512"),
     ],
 )
 def test_out_of_memory(state: State, used: Used, sentence: str) -> None:

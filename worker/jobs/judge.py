@@ -234,6 +234,10 @@ class _Judge:
         return self.usage.oom_kills > 0
 
     def _own_limit_reached(self) -> bool:
+        if self.state.result == "oom-kill" and self.usage.memory_limit_hits is None:
+            # Systemd saw the kill, but the record of it is lost, as it can be when the kernel's
+            # second notice kills what writes it. A job's own limit is by far the likelier.
+            return True
         peak, limit = self.usage.memory_peak_bytes or 0, self.limits.memory_mb * 2**20
         return (self.usage.memory_limit_hits or 0) > 0 or peak >= _NEAR_LIMIT * limit
 

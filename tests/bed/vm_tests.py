@@ -1,0 +1,146 @@
+"""The project's tests that need a systemd, run in a virtual machine."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import vm_host
+from bed_kernel import BedError
+from vm_image import Image
+from vm_machine import Machine
+
+PROJECT = Path(__file__).resolve().parents[2]
+CHECKOUT = "/srv/ffmpeg-worker"  # the project's folder in the guest
+_REPORTS = "/var/tmp/reports"
+_PYTHON = {"bookworm": "3.11", "trixie": "3.13"}
+_NEWEST_GLIBC = 36  # bookworm has 2.36
+# For the host: dbus-python, which the last needs, would have to be compiled.
+_NOT_IN_GUEST = ("mypy", "ruff", "python-dbusmock")
+_LEFT_OUT = ("./.venv", "./.git", "./build", "./dist", "./.hypothesis", ".*_cache", "__pycache__")
+_PIP_TIMEOUT_SEC = 600.0
+# Software emulation takes this many times longer; the tests read it.
+_SLOWNESS = "20"
+# What runs, by the name of its report. The bed makes cgroups below its own, so that has to be
+# delegated to it, as it says itself.
+_PARTS = {
+    "system": ([], ["tests/system/test_launcher.py", "tests/e2e"]),
+    "bed": (
+        ["systemd-run", "--quiet", "--scope", "--property=Delegate=yes", "--"],
+        ["tests/bed/test_bed.py", "tests/bed/test_bed_life.py"],
+    ),
+}
+PARTS = tuple(_PARTS)
+
+
+def packages(image: Image) -> Path:
+    """A .venv for the guest's Python, with all that the tests import. Raises BedError."""
+    version = _PYTHON[image.suite]
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    wanted = [item for item in wanted if not item.startswith(_NOT_IN_GUEST)]
+    constraints = PROJECT / "constraints.txt"
+    text = "\n".join([version, *wanted, constraints.read_text(), Path(__file__).read_text()])
+    stamp = hashlib.sha256(text.encode()).hexdigest()
+    folder = image.home / "packages"
+    if (folder / "stamp").exists() and (folder / "stamp").read_text() == stamp:
+        return folder
+    print(f"vm: fetching Python packages for {image.suite}", flush=True)
+    draft = image.home / "packages.new"
+    shutil.rmtree(draft, ignore_errors=True)
+    site = draft / f"lib/python{version}/site-packages"
+    python = PROJECT / ".venv/bin/python"
+    command = [str(python if python.exists() else sys.executable), "-m", "pip", "install"]
+    command += ["--quiet", "--disable-pip-version-check", "--no-input", "--no-compile"]
+    command += ["--target", str(site), "-c", str(constraints), "--only-binary=:all:"]
+    command += ["--implementation", "cp", "--python-version", version]
+    for minor in range(_NEWEST_GLIBC, 16, -1):
+        command += ["--platform", f"manylinux_2_{minor}_x86_64"]
+    command += ["--platform", "manylinux2014_x86_64", *wanted]
+    with (image.home / "pip.log").open("w") as log:
+        if vm_host.run_logged(command, log, _PIP_TIMEOUT_SEC):
+            raise BedError(
+                f"pip cannot fetch the packages for Python {version}, see {log.name}: "
+                "mostly the index is out of reach, then try again"
+            )
+    (site / "project.pth").write_text(f"{CHECKOUT}\n")
+    (draft / "pyvenv.cfg").write_text(
+        f"home = /usr/bin\ninclude-system-site-packages = true\nversion = {version}\n"
+    )
+    (draft / "bin").mkdir()
+    (draft / "bin/python").symlink_to("/usr/bin/python3")
+    program = draft / "bin/ffmpeg-worker"
+    program.write_text(
+        f"#!{CHECKOUT}/.venv/bin/python\n"
+        "import sys\nfrom worker.__main__ import main\nsys.exit(main())\n"
+    )
+    program.chmod(0o755)
+    (draft / "stamp").write_text(stamp)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+    return folder
+
+
+def run(
+    image: Image, machine: Machine, parts: Sequence[str], arguments: Sequence[str], timeout: float
+) -> int:
+    """Run the tests in the running machine for at most `timeout` seconds; pytest's status.
+
+    All parts run, also after one has failed. Reports, and after a failure the journal, are in
+    build/vm/SUITE then. Raises BedError where time is up.
+    """
+    deadline = time.monotonic() + timeout
+    results = PROJECT / "build/vm" / image.suite
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    machine.push(PROJECT, CHECKOUT, _LEFT_OUT)
+    machine.push(packages(image), f"{CHECKOUT}/.venv")
+    # Arguments that are paths take the place of a part's own.
+    given = [item for item in arguments if item.startswith("tests/")]
+    if given:
+        parts = ["bed" if given[0].startswith("tests/bed") else "system"]
+    status = 0
+    for name in parts:
+        wrapper, paths = _PARTS[name]
+        print(f"== {name} tests on {image.suite}, cgroup v2", flush=True)
+        began = time.monotonic()
+        slowness = os.environ.get("FFMPEG_WORKER_SLOWNESS", _SLOWNESS)
+        command = ["env", "FFMPEG_WORKER_BED=1", f"FFMPEG_WORKER_SLOWNESS={slowness}", *wrapper]
+        command += [".venv/bin/python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no"]
+        command += [f"--junitxml={_REPORTS}/{name}.xml", *arguments, *([] if given else paths)]
+        line = f"cd {CHECKOUT} && exec {shlex.join(command)}"
+        try:
+            done = machine.run(
+                [line], timeout=max(1.0, deadline - time.monotonic()), stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired:
+            _collect(machine, results, failed=True)
+            raise BedError(
+                f"the {name} tests did not end within {timeout:.0f} s; the journal is in "
+                f"{results}: see where they hang, or give them more with --timeout"
+            ) from None
+        status = status or done.returncode
+        print(f"== {name}: status {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+    _collect(machine, results, failed=status != 0)
+    return status
+
+
+def _collect(machine: Machine, results: Path, *, failed: bool) -> None:
+    # Where even this fails, what has failed before is told, not this.
+    problems = (BedError, subprocess.SubprocessError)
+    with contextlib.suppress(*problems):
+        machine.pull(_REPORTS, results)
+    if failed:
+        command = ["journalctl --no-pager --output=short-monotonic --boot"]
+        with (results / "journal.txt").open("wb") as file, contextlib.suppress(*problems):
+            machine.run(command, timeout=300, stdin=subprocess.DEVNULL, stdout=file)
+        print(f"== reports and journal: {results}", flush=True)
