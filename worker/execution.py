@@ -81,7 +81,7 @@ class Execution:
         self._output_bytes: int | None = None
         self._staged_bytes: int | None = None
         self._command: tuple[str, ...] = ()
-        self.steps = Steps(job, launcher, programs, self._show)
+        self.steps = Steps(job, launcher, self._show)
         try:
             self.spec = parse_job(
                 job,

@@ -45,14 +45,9 @@ class Records:
     def __init__(self, work_dir: Path) -> None:
         """Raises WorkerError if the folder cannot be made, or another agent holds it."""
         self._folder = work_dir / "accepted"
-        try:
+        with workspace.using(work_dir):
             workspace.make_private(self._folder)
             self._lock = workspace.try_lock(self._folder)
-        except OSError as error:
-            raise WorkerError(
-                f"cannot use the work directory {work_dir}: {error.strerror}; "
-                "make it writable or choose another with WORK_DIR (--work-dir)"
-            ) from error
         if self._lock is None:
             raise WorkerError(
                 f"another worker uses the work directory {work_dir}; stop it, or give this one "

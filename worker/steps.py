@@ -81,16 +81,13 @@ class StepRun:
 class Steps:
     """The units of one job. ``on_output`` gets the end of the running one's standard output."""
 
-    def __init__(
-        self, job: Job, launcher: Launcher, programs: Programs, on_output: Callable[[str], None]
-    ) -> None:
+    def __init__(self, job: Job, launcher: Launcher, on_output: Callable[[str], None]) -> None:
         self.intent = Intent.NONE
         """Why the job was told to stop."""
         self.start_seconds: list[float] = []
         """How long each start took, from asking systemd to its answer."""
         self._job = job
         self._launcher = launcher
-        self._programs = programs
         self._on_output = on_output
         self._unit: Unit | None = None
         self._tasks: set[asyncio.Task[None]] = set()

@@ -311,11 +311,18 @@ def require_work_dir(work_dir: Path) -> Path:
     Raises WorkerError with what to do if that is not possible.
     """
     jobs_dir = work_dir / "jobs"
-    try:
+    with using(work_dir):
         make_private(jobs_dir)
+    return jobs_dir
+
+
+@contextlib.contextmanager
+def using(work_dir: Path) -> Iterator[None]:
+    """Turn an OSError into a WorkerError that says what to do about the work directory."""
+    try:
+        yield
     except OSError as error:
         raise WorkerError(
             f"cannot use the work directory {work_dir}: {error.strerror}; "
             "make it writable or choose another with WORK_DIR (--work-dir)"
         ) from error
-    return jobs_dir

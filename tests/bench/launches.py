@@ -16,7 +16,7 @@ from worker.errors import SystemdError
 from worker.jobs.capabilities import TYPICAL
 from worker.jobs.parse import parse_job
 from worker.master.wire import Job
-from worker.steps import Programs, Steps
+from worker.steps import Steps
 from worker.systemd.launch import Launch, UnitLimits
 from worker.systemd.launcher import Launcher
 from worker.systemd.names import slice_name, unit_name
@@ -63,7 +63,7 @@ def as_a_job(folder: Path) -> Launch:
         spec = parse_job(job, TYPICAL, Settings().defaults, generate_input=True)
         space = Workspace.create(folder / "jobs", JOB_ID)
         recorder = _Recorder()
-        steps = Steps(job, recorder, Programs.find(), lambda _text: None)
+        steps = Steps(job, recorder, lambda _text: None)
         try:
             await steps.transcode(space, spec, TRUE, str(source), folder / "out.mp4")
         except SystemdError:

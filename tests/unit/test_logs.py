@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from worker.errors import ConfigError
+from worker.printable import escape
 from worker.telemetry import logs
 
 SECRET = "sesame-open-0123456789"
@@ -76,7 +77,7 @@ def test_time_and_level_in_words_where_there_is_no_journal() -> None:
 )
 def test_nothing_in_a_message_breaks_its_line(text: str, shown: str) -> None:
     assert line("job %s", text) == f"<6>worker.agent: job {shown}"
-    assert logs.escape(text) == shown
+    assert escape(text) == shown
 
 
 def test_a_traceback_keeps_its_lines_each_with_a_head() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from worker.cli.arguments import Arguments, parse
 from worker.config import Resolved, resolve
 from worker.errors import WorkerError
+from worker.printable import escape
 from worker.telemetry import logs
 
 logger = logging.getLogger(__name__)
@@ -54,14 +55,14 @@ def _main(argv: Sequence[str]) -> int:
     except WorkerError as error:
         logger.debug("ended by this error", exc_info=True)
         for line in str(error).splitlines() or [type(error).__name__]:
-            print(f"ffmpeg-worker: {logs.escape(line)}", file=sys.stderr)
+            print(f"ffmpeg-worker: {escape(line)}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
         logger.debug("ended by a defect", exc_info=True)
         print(
-            f"ffmpeg-worker: internal error: {type(error).__name__}: {logs.escape(str(error))}; "
+            f"ffmpeg-worker: internal error: {type(error).__name__}: {escape(str(error))}; "
             "LOG_LEVEL=debug shows where",
             file=sys.stderr,
         )

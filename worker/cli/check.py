@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from worker.config import KEYS, Resolved
 from worker.config.durations import format_duration
-from worker.telemetry.logs import escape
+from worker.printable import escape
 
 _DURATIONS = frozenset({"poll_interval", "heartbeat_interval"})
 

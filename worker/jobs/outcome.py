@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from worker.errors import JobError, Reason
-from worker.jobs.text import escaped, redact, shortened, without_requeue_words
+from worker.jobs.text import redact, shortened, without_requeue_words
+from worker.printable import escape
 
 _OWN_FAULT = frozenset({Reason.USER_ERROR, Reason.INPUT_ERROR, Reason.CAPABILITY_MISMATCH})
 _ERROR_LIMIT = 1000
@@ -62,5 +63,5 @@ def error_text(outcome: Outcome) -> str | None:
     if outcome.completed:
         return None
     reason = outcome.reason or Reason.PLATFORM_ERROR
-    text = shortened(f"{reason.value}: {escaped(redact(outcome.message))}", _ERROR_LIMIT)
+    text = shortened(f"{reason.value}: {escape(redact(outcome.message))}", _ERROR_LIMIT)
     return without_requeue_words(text) if reason in _OWN_FAULT else text

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
+from worker.printable import escape
+
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
 # Up to the next blank, for a password or a key may hold anything else; marks that end a phrase
 # are not taken for a part of the URL.
@@ -17,17 +19,6 @@ _REQUEUE = re.compile(
 _STREAM_SCHEMES = frozenset({"rtmp", "rtmps", "rtmpt", "rtmpts", "rtmpe", "rtmpte"})
 
 
-def escaped(text: str) -> str:
-    """``text`` with all that is not printable (control characters, bidi marks, lone surrogates,
-    code points without a character) as ``\\x..`` escapes."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
-
-
 def shortened(text: str, limit: int) -> str:
     """At most ``limit`` characters, with ``…`` where something was cut."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -35,19 +26,19 @@ def shortened(text: str, limit: int) -> str:
 
 def label(text: str, limit: int = 200) -> str:
     """A name as sent by somebody else, safe to print."""
-    return shortened(escaped(text[:limit]) + ("…" if len(text) > limit else ""), limit)
+    return shortened(escape(text[:limit]) + ("…" if len(text) > limit else ""), limit)
 
 
 def plain(line: str, limit: int = 300) -> str:
     """One line of a program's output: terminal escapes dropped, the rest made printable."""
-    return shortened(escaped(_ESCAPE_SEQUENCE.sub("", line[: 4 * limit]).strip()), limit)
+    return shortened(escape(_ESCAPE_SEQUENCE.sub("", line[: 4 * limit]).strip()), limit)
 
 
 def shown(value: object, limit: int = 60) -> str:
     """``value`` for an error sentence. Never raises, never long, never a secret of a URL."""
     if isinstance(value, str):
         text = redact(value) if "://" in value else value
-        return shortened(repr(escaped(shortened(text, limit))), limit + 4)
+        return shortened(repr(escape(shortened(text, limit))), limit + 4)
     if value is None or isinstance(value, bool | float):
         return repr(value)
     if isinstance(value, int):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker.errors import SystemdError
+from worker.printable import escape
 from worker.systemd.launch import DeviceLimit, Launch, UnitLimits
 
 _FIELD_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
@@ -53,7 +54,7 @@ def properties(
         _require_text(launch.unit, what, text)
     # `exec` reports a program that cannot be executed as a failed start; it came with 240.
     result = [
-        Property("Description", "s", _printable(launch.description), optional=True),
+        Property("Description", "s", escape(launch.description), optional=True),
         Property("Type", "s", "exec" if version >= 240 else "simple"),
         # Keeps the unit, and with it the verdict, until it is read and reaped.
         Property("RemainAfterExit", "b", True),
@@ -152,14 +153,7 @@ def _journal_field(name: str, value: str) -> bytes:
         raise SystemdError(
             f"journal field {name!r}: use capital letters, digits and underscores, 64 at most"
         )
-    return f"{name}={_printable(value)}".encode()
-
-
-def _printable(text: str) -> str:
-    """The text with control characters, and what UTF-8 cannot hold, written as escapes."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    return f"{name}={escape(value)}".encode()
 
 
 def _require_text(unit: str, what: str, text: str) -> None:

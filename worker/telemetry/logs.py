@@ -18,6 +18,7 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from worker.errors import ConfigError
+from worker.printable import escape
 
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -36,13 +37,6 @@ _CHATTY = ("httpx", "httpcore", "asyncio")
 """Libraries whose lines below a warning say nothing about jobs."""
 _SHORTEST_SECRET = 4
 """Blotting out a shorter one would hide half of the log and protect nothing."""
-
-
-def escape(text: str) -> str:
-    """``text`` with everything that is not printable written out as an escape."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class LineFormatter(logging.Formatter):
