@@ -36,6 +36,7 @@ has ffmpeg && has ffprobe             |ffmpeg        |ffmpeg           |ffmpeg a
 has unshare && has setpriv             |util-linux    |util-linux       |unshare and setpriv, for the tests
 has mount                             |mount         |util-linux       |mount, for the tests
 has ps                                |procps        |procps-ng        |ps, to look at processes
+[ -x /usr/bin/time ]                   |time          |time             |GNU time, to compare figures with, for the tests
 '
 
 # Runs "$1" (a function) with the fields of each need that is not met.

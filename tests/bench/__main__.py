@@ -1,8 +1,9 @@
 """Measures the project: ``python -m tests.bench [NAME…] [--quick] [--out FILE]``.
 
 Everything happens inside a test bed. Started outside, this program boots one and runs itself in
-it; dbus-fast, for the benchmark that compares the libraries, is then fetched by pip into a
-folder that goes away again. All measurements are written to FILE as a table.
+it; dbus-fast, for the benchmark that compares the libraries and for ``--library dbus-fast``, is
+then fetched by pip into a folder that goes away again. All measurements are written to FILE as a
+table.
 
 Exit status: 0, also where a target is not reached; 1 if a benchmark broke.
 """
@@ -29,7 +30,7 @@ BENCHMARKS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "idle": (idle.run, "memory and CPU without jobs"),
     "jobs": (load.jobs, "1,000 jobs of next to no work: rate, CPU, memory"),
     "many": (load.many, "CPU and scrape time with 100 units running"),
-    "library": (library.run, "the unit cycle with dbus-fast in place of dbus-next"),
+    "library": (library.run, "a unit and a job with dbus-fast in place of dbus-next"),
     "ablation": (ablation.run, "what single properties of a unit cost (only when named)"),
     "profile": (load.profile, "where the agent's CPU time goes (only when named)"),
 }
@@ -50,16 +51,22 @@ def outside(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="ffmpeg-worker-bench-") as folder:
         words = [*options.names, "--out", str(out), *(["--quick"] if options.quick else [])]
         place = Path(folder)
-        if "library" in options.names:
+        other = options.library == "dbus-fast"
+        if other or "library" in options.names:
             pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
             fetch = [*pip, "--no-deps", "--target", folder, "dbus-fast"]
             if subprocess.run(fetch, stdin=subprocess.DEVNULL).returncode == 0:
                 words += ["--dbus-fast", folder]
+                library.alias(place)
+            elif other:
+                print("dbus-fast cannot be fetched")
+                return 1
             else:
                 print("dbus-fast cannot be fetched: the benchmark `library` is left out")
         bed = [sys.executable, str(ROOT / "tests/bed/bed.py"), "run"]
         binds = [f"--bind={out.parent}", f"--bind={place}"]
-        command = [*bed, *binds, "--", sys.executable, "-m", "tests.bench", *words]
+        path = ["env", f"PYTHONPATH={place}"] if other else []
+        command = [*bed, *binds, "--", *path, sys.executable, "-m", "tests.bench", *words]
         return subprocess.run(command, cwd=ROOT).returncode
 
 
@@ -102,6 +109,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help="which ones, default: all")
     parser.add_argument("--quick", action="store_true", help="only see that they work")
     parser.add_argument("--out", type=Path, default=ROOT / "build/bench/bench.tsv", metavar="FILE")
+    parser.add_argument(
+        "--library", choices=library.LIBRARIES, default="dbus-next", help="what all of it runs with"
+    )
     parser.add_argument("--dbus-fast", type=Path, metavar="DIR", help="where dbus-fast is")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]

@@ -9,13 +9,10 @@ import time
 from collections.abc import Iterator
 
 from tests.bench.harness import Bench
-from tests.bench.service import CACHE, PYTHON, Service, memory_mb
+from tests.bench.service import BARE_IMPORTS, CACHE, PYTHON, Service, memory_mb
 from tests.fakes.master import FakeMaster
 
-BARE = (
-    "import dbus_next, httpx, pydantic, prometheus_client, pyudev; "
-    "print('ready', flush=True); input()"
-)
+BARE = f"{BARE_IMPORTS}; print('ready', flush=True); input()"
 
 
 def run(bench: Bench) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from worker.acceptance import NoRecords
 from worker.config.settings import Settings
 from worker.errors import SystemdError
 from worker.jobs.capabilities import TYPICAL
@@ -63,9 +64,9 @@ def as_a_job(folder: Path) -> Launch:
         spec = parse_job(job, TYPICAL, Settings().defaults, generate_input=True)
         space = Workspace.create(folder / "jobs", JOB_ID)
         recorder = _Recorder()
-        steps = Steps(job, recorder, lambda _text: None)
+        steps = Steps(job, recorder, lambda _text: None, NoRecords())
         try:
-            await steps.transcode(space, spec, TRUE, str(source), folder / "out.mp4")
+            await steps.transcode(space, spec, TRUE, str(source), folder / "out.mp4", {})
         except SystemdError:
             if recorder.launch is None:
                 raise

@@ -1,13 +1,13 @@
-"""The unit cycle with dbus-fast in place of dbus-next: what the library costs.
+"""dbus-fast in place of dbus-next: what the library costs, for a unit and for a whole job.
 
-The library is chosen when it is imported, so every chunk is a process of its own:
-``python -m tests.bench.library LIBRARY FOLDER COUNT``.
+dbus-fast began as a copy of dbus-next, so a module ``dbus_next`` that gives its modules instead
+is all it takes: found first on PYTHONPATH, it decides for a process and those that it starts.
+Each chunk is such a process: ``python -m tests.bench.library FOLDER COUNT``.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import os
 import subprocess
@@ -15,61 +15,109 @@ import sys
 from pathlib import Path
 
 from tests.bench.harness import Bench, in_turns
-from tests.bench.service import CACHE
+from tests.bench.makespan import through_the_master
+from tests.bench.service import CACHE, Service, make_media, memory_mb, quick_programs
+from tests.fakes.master import FakeMaster
 
 LIBRARIES = ("dbus-next", "dbus-fast")
-_MODULES = ("", ".aio", ".aio.message_bus", ".constants", ".errors", ".message", ".signature")
+_ALIAS = '''\
+"""Not dbus-next: dbus-fast under its name."""
+import importlib
+import sys
+
+for name in ("", ".aio", ".aio.message_bus", ".constants", ".errors", ".message", ".signature",
+             "._private", "._private.unmarshaller"):
+    sys.modules[f"dbus_next{name}"] = importlib.import_module(f"dbus_fast{name}")
+# Its unmarshaller has no such name; the bus does not ask for the class that wants it.
+sys.modules["dbus_next._private.unmarshaller"].MarshallerStreamEndError = EOFError
+'''
+
+
+def alias(folder: Path) -> None:
+    """Make ``import dbus_next`` give the dbus-fast in ``folder`` to who has that on its path."""
+    (folder / "dbus_next").mkdir()
+    (folder / "dbus_next" / "__init__.py").write_text(_ALIAS)
 
 
 def run(bench: Bench) -> None:
-    bench.begin("library", "the unit cycle, by D-Bus library")
-    if bench.dbus_fast is None:
+    bench.begin("library", "the unit cycle and a job of next to no work, by D-Bus library")
+    place = bench.dbus_fast
+    if place is None:
         bench.note("left out: dbus-fast is not there (pip could not fetch it, or --dbus-fast)")
         return
-    place = bench.dbus_fast
+    paths = {name: str(place) if name == "dbus-fast" else "" for name in LIBRARIES}
     found = in_turns(
-        {name: functools.partial(_chunk, bench, name, place) for name in LIBRARIES},
+        {name: functools.partial(_chunk, bench, path) for name, path in paths.items()},
         bench.pick(9, 3),
     )
     for figure, unit in (("limits only", "ms"), ("as a job", "ms"), ("CPU", "ms"), ("RSS", "MB")):
         for loop in ("ours", "minimal") if figure != "RSS" else ("",):
-            key = f"{figure} {loop}".strip()
-            values = {name: [chunk[key] for chunk in found[name]] for name in LIBRARIES}
-            for name in LIBRARIES:
-                bench.add(f"{name}: {key}", values[name], unit)
-            bench.compare(key, values, "dbus-fast", "dbus-next")
-    bench.note("CPU is that of our process per cycle as a job; RSS with only the launcher loaded")
+            _compare(bench, found, f"{figure} {loop}".strip(), unit)
+    bench.note("CPU is that of our process per cycle as a job; RSS of all that, loaded")
+    media = make_media(bench.folder / "media.mp4", seconds=1)
+    programs = quick_programs(bench.folder, media)
+    agents = in_turns(
+        {
+            name: functools.partial(_agent, bench, path, media, programs)
+            for name, path in paths.items()
+        },
+        bench.pick(5, 1),
+        warm_up=False,
+    )
+    _compare(bench, agents, "CPU of the agent per job", "ms")
+    _compare(bench, agents, "RSS of the agent", "MB")
 
 
-def _chunk(bench: Bench, library: str, place: Path) -> dict[str, float]:
+def _compare(
+    bench: Bench, found: dict[str, list[dict[str, float]]], figure: str, unit: str
+) -> None:
+    values = {name: [chunk[figure] for chunk in found[name]] for name in LIBRARIES}
+    for name in LIBRARIES:
+        bench.add(f"{name}: {figure}", values[name], unit)
+    bench.compare(figure, values, "dbus-fast", "dbus-next")
+
+
+def _chunk(bench: Bench, path: str) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, "-m", __name__, library, bench.folder, str(bench.pick(40, 8))],
+        [sys.executable, "-m", __name__, bench.folder, str(bench.pick(40, 8))],
         capture_output=True,
         text=True,
-        env=os.environ | CACHE | {"PYTHONPATH": str(place)},
+        env=os.environ | CACHE | {"PYTHONPATH": path},
     )
     if done.returncode:
-        raise RuntimeError(f"{library}: {done.stderr}")
+        raise RuntimeError(f"PYTHONPATH={path}: {done.stderr}")
     answer: dict[str, float] = json.loads(done.stdout)
     return answer
 
 
-def use(library: str) -> None:
-    """Let ``import dbus_next`` give this library. To be called before anything imports it."""
-    if library == "dbus-fast":
-        for name in _MODULES:
-            sys.modules[f"dbus_next{name}"] = importlib.import_module(f"dbus_fast{name}")
+def _agent(bench: Bench, path: str, media: Path, programs: Path) -> dict[str, float]:
+    count = bench.pick(100, 20)
+    request = {"scenario": "bench", "parameters": {"input": str(media)}}
+    with (
+        FakeMaster(max_retries=0) as master,
+        Service(
+            master,
+            programs=programs,
+            environment={"PYTHONPATH": path},
+            POLL_INTERVAL="200ms",
+            MAX_CONCURRENT_JOBS=4,
+        ) as service,
+    ):
+        through_the_master(master, [request] * 20)
+        before = service.cpu_seconds
+        through_the_master(master, [request] * count)
+        return {
+            "CPU of the agent per job": 1000 * (service.cpu_seconds - before) / count,
+            "RSS of the agent": memory_mb(service.pid)[0],
+        }
 
 
-def main(library: str, folder: Path, count: int) -> None:
-    use(library)
-    # Not before: they import the D-Bus library.
+def main(folder: Path, count: int) -> None:
     import asyncio
     import time
 
     from tests.bench.cycle import minimal, ours
     from tests.bench.launches import as_a_job, limits_only, observe
-    from tests.bench.service import memory_mb
 
     answer = {"RSS": memory_mb(os.getpid())[0]}
     for what, launch in (("limits only", limits_only(folder)), ("as a job", as_a_job(folder))):
@@ -85,4 +133,4 @@ def main(library: str, folder: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

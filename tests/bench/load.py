@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.bench.harness import Bench
 from tests.bench.makespan import through_the_master
 from tests.bench.service import (
+    CACHE,
     PYTHON,
     ROOT,
     Service,
@@ -109,7 +110,8 @@ def profile(bench: Bench) -> None:
     bench.begin("profile", "where the agent's time goes (the profiler adds to all of it)")
     count = bench.pick(200, 40)
     stats = bench.folder / "agent.stats"
-    command = f"/usr/bin/env PYTHONPATH={ROOT} {PYTHON} -m tests.bench.profiled {stats}"
+    path = f"{ROOT}:{CACHE['PYTHONPATH']}"
+    command = f"/usr/bin/env PYTHONPATH={path} {PYTHON} -m tests.bench.profiled {stats}"
     media = make_media(bench.folder / "media.mp4", seconds=1)
     request = {"scenario": "bench", "parameters": {"input": str(media)}}
     with (

@@ -20,7 +20,7 @@ from worker.errors import (
     SystemdError,
     UnitExists,
 )
-from worker.systemd.bus import Bus, translate
+from worker.systemd.bus import MANAGER_PATH, Bus, translate
 from worker.systemd.connection import bus_address
 from worker.systemd.library import Message
 from worker.systemd.tracker import MATCHES
@@ -120,6 +120,12 @@ class Heard:
         self.signals: list[str] = []
         self.resyncs = asyncio.Event()
         self.fail = False
+        self.asked: list[tuple[str, str, bytes]] = []
+        self.needless_paths: set[str] = set()
+
+    def needless(self, path: str, member: str, body: bytes) -> bool:
+        self.asked.append((path, member, body))
+        return path in self.needless_paths
 
     def signal(self, message: Message) -> None:
         if self.fail:
@@ -134,7 +140,12 @@ def heard() -> Heard:
 
 @pytest.fixture
 async def bus(systemd: Systemd, heard: Heard) -> AsyncIterator[Bus]:
-    bus = Bus(matches=MATCHES, on_signal=heard.signal, on_resync=heard.resyncs.set)
+    bus = Bus(
+        matches=MATCHES,
+        on_signal=heard.signal,
+        on_resync=heard.resyncs.set,
+        needless=heard.needless,
+    )
     await bus.connect()
     yield bus
     await bus.close()
@@ -156,10 +167,30 @@ async def test_only_systemd_is_believed(systemd: Systemd, bus: Bus, heard: Heard
     forger.call_blocking("org.freedesktop.DBus", "/", "org.freedesktop.DBus", "GetId", "", ())
     await bus.call("ListUnitsByNames", "as", [[]])
     assert heard.signals == []
+    assert heard.asked == []
     systemd.manager("Reload")
     await bus.call("ListUnitsByNames", "as", [[]])
     assert heard.signals == ["Reloading", "Reloading"]
     forger.close()
+
+
+async def test_needless_signals_are_left_out(systemd: Systemd, bus: Bus, heard: Heard) -> None:
+    heard.needless_paths.add(UNIT_PATH)
+    for name in ("a.service", "b.service"):
+        systemd.Load(name, "failed", "failed", 1, 7)
+        systemd.manager("ResetFailedUnit", name)
+    await bus.call("ListUnitsByNames", "as", [["x" * 100_000]])  # an answer in many pieces
+    other = UNIT_PATH.replace("a_2e", "b_2e")
+    changed, removed = "PropertiesChanged", "UnitRemoved"
+    assert [(path, member) for path, member, _body in heard.asked] == [
+        *[(UNIT_PATH, changed)] * 2, (MANAGER_PATH, removed),
+        *[(other, changed)] * 2, (MANAGER_PATH, removed),
+    ]  # fmt: skip
+    body = heard.asked[0][2]
+    assert b"ExecMainStatus" in body
+    assert b"PropertiesChanged" not in body
+    # Neither what comes before nor what comes after such a signal is lost.
+    assert heard.signals == [removed, changed, changed, removed]
 
 
 async def test_a_handler_that_fails_does_no_harm(

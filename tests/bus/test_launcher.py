@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -187,6 +187,65 @@ async def test_a_daemon_reload_ends_nothing(
     systemd.Finish(ONE, "success", 1, 0)
     assert not (await unit.finished()).vanished
     await unit.reap()
+
+
+async def test_what_systemd_said_is_not_asked_for(
+    systemd: Systemd, launcher: Launcher, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit takes as few calls as can be; only during a reload its removal is in doubt."""
+    calls: list[str] = []
+    call = launcher.bus.call
+
+    async def spy(member: str, *args: Any, **options: Any) -> list[object]:
+        calls.append(member)
+        return await call(member, *args, **options)
+
+    monkeypatch.setattr(launcher.bus, "call", spy)
+    unit = await launcher.start(launch)
+    systemd.Finish(ONE, "success", 1, 0)
+    await unit.finished()
+    await unit.reap()
+    assert calls == ["StartTransientUnit", "ListUnitsByNames", "StopUnit"]
+    unit = await launcher.start(launch)
+    unit.launch = replace(launch, stop_timeout_sec=-0.92)  # gives up after 0.4 s
+    systemd.Hang(["StopUnit"])
+    reaping = asyncio.create_task(unit.reap())
+    await _until(lambda: calls[-1] == "StopUnit")
+    systemd.manager("Reload")
+    with pytest.raises(SystemdError, match="still loaded after"):
+        await reaping
+    assert "GetUnit" in calls
+
+
+async def test_a_counter_that_stays_unset_is_asked_for_once(
+    systemd: Systemd, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    systemd.stop_systemd()
+    systemd.start_systemd(version="257")
+    launcher = Launcher()
+    await launcher.connect()
+    get = launcher.bus.get
+    asked: list[str] = []
+
+    async def spy(path: str, interface: str, name: str) -> object:
+        asked.append(name)
+        return await get(path, interface, name)
+
+    monkeypatch.setattr(launcher.bus, "get", spy)
+    everything = ["CPUUsageNSec", "MemoryPeak", "IOReadBytes", "IOWriteBytes"]
+    counted = ["CPUUsageNSec", "MemoryPeak", "IOWriteBytes"]
+    # A unit that failed may have had no cgroup: that says nothing of the next one.
+    for result, status, expected in (
+        ("exit-code", 1, everything), ("success", 0, everything), ("success", 0, counted),
+    ):  # fmt: skip
+        asked.clear()
+        unit = await launcher.start(launch)
+        systemd.Finish(ONE, result, 1, status)
+        await unit.finished()
+        assert (await unit.usage()).io_write_bytes == 4096
+        assert asked == expected
+        await unit.reap()
+    await launcher.close()
 
 
 async def test_an_optional_property_is_dropped_once_and_remembered(

@@ -94,6 +94,8 @@ def test_the_time_limit() -> None:
         (State("oom-kill", 2, 9), Used(memory_limit_hits=3), "memory limit of 512 MB exceeded"),
         (KILLED, Used(oom_kills=1, memory_limit_hits=1), "memory limit of 512 MB exceeded"),
         (KILLED, Used(oom_kills=1, memory_peak_bytes=510 * 2**20), "memory limit of 512 MB"),
+        # a child was killed, and the main process failed for it
+        (State("exit-code", 1, 137), Used(oom_kills=1, memory_limit_hits=1), "memory limit of 512"),
         (KILLED, Used(oom_kills=None, memory_peak_bytes=510 * 2**20), "memory limit of 512 MB"),
         (KILLED, Used(oom_kills=1, memory_peak_bytes=2**20), "the host ran out of memory"),
         (State("oom-kill", 1, 1), Used(oom_kills=None), "the host ran out of memory"),

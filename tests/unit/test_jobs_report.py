@@ -37,6 +37,9 @@ class Used:
     oom_kills: int | None = None
     memory_limit_hits: int | None = None
     task_limit_hits: int | None = None
+    cpu_stall_seconds: float | None = 1.25
+    memory_stall_seconds: float | None = 0.0
+    io_stall_seconds: float | None = None
 
 
 RUN = JobRun(
@@ -146,6 +149,8 @@ def test_a_completed_job() -> None:
         "memory_peak_bytes": 1000,
         "io_read_bytes": 10,
         "io_write_bytes": 20,
+        "cpu_stall_seconds": 1.25,
+        "memory_stall_seconds": 0.0,
         "sla_worthy": True,
         "sla_category": "production",
         "platform_sla_compliant": True,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from worker.systemd.usage import Usage, parse_file, parse_record
+from worker.systemd.usage import Usage, parse_files, parse_record
 
 V1 = """\
 frame=100
@@ -24,6 +26,7 @@ progress=end
 /sys/fs/cgroup/blkio/a/blkio.throttle.io_service_bytes_recursive:254:16 Write 0
 /sys/fs/cgroup/blkio/a/blkio.throttle.io_service_bytes_recursive:Total 4200
 /sys/fs/cgroup/pids/a/pids.events:max 2
+/sys/fs/cgroup/unified/a/cpu.pressure:some avg10=0.00 avg60=0.00 avg300=0.00 total=18091
 """
 V2 = """\
 /sys/fs/cgroup/a/cpu.stat:usage_usec 2500000
@@ -36,9 +39,15 @@ V2 = """\
 /sys/fs/cgroup/a/io.stat:254:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0
 /sys/fs/cgroup/a/io.stat:8:0 rbytes=1 wbytes=2 rios=1 wios=2 dbytes=0 dios=0
 /sys/fs/cgroup/a/pids.events:max 0
+/sys/fs/cgroup/a/cpu.pressure:some avg10=12.49 avg60=2.25 avg300=0.47 total=1448580
+/sys/fs/cgroup/a/cpu.pressure:full avg10=12.49 avg60=2.25 avg300=0.47 total=1448579
+/sys/fs/cgroup/a/memory.pressure:some avg10=0.00 avg60=0.00 avg300=0.00 total=500
+/sys/fs/cgroup/a/memory.pressure:full avg10=0.00 avg60=0.00 avg300=0.00 total=400
+/sys/fs/cgroup/a/io.pressure:some avg10=0.00 avg60=0.00 avg300=0.00 total=0
+/sys/fs/cgroup/a/io.pressure:full avg10=0.00 avg60=0.00 avg300=0.00 total=0
 """
-V1_USAGE = Usage(0.03329, 31457280, 4100, 100, 1, 103, 2)
-V2_USAGE = Usage(2.5, 1048576, 11, 22, 2, 1, 0)
+V1_USAGE = Usage(0.03329, 31457280, 4100, 100, 1, 103, 2, 0.018091)
+V2_USAGE = Usage(2.5, 1048576, 11, 22, 2, 1, 0, 1.44858, 0.0005, 0.0)
 
 
 @pytest.mark.parametrize(("text", "expected"), [(V1, V1_USAGE), (V2, V2_USAGE), ("", Usage())])
@@ -48,10 +57,9 @@ def test_a_record(text: str, expected: Usage) -> None:
 
 @pytest.mark.parametrize("text", [V1, V2])
 def test_a_second_record_is_of_an_empty_cgroup(text: str) -> None:
-    emptied = "\n".join(
-        line for line in text.replace("33290", "1").replace("31457280", "0").splitlines()
-        if line.startswith("/")
-    )  # fmt: skip
+    lines = [line for line in text.splitlines() if line.startswith("/")]
+    # Larger figures, so that they cannot but be noticed if they are read.
+    emptied = "\n".join(re.sub(r"\d+$", "99999999999", line) for line in lines)
     assert parse_record(text + emptied + "\n") == parse_record(text)
 
 
@@ -64,7 +72,10 @@ def test_a_second_record_is_of_an_empty_cgroup(text: str) -> None:
         "/sys/fs/cgroup/a/memory.peak:max\n",
         "/sys/fs/cgroup/a/memory.peak:\n",
         "/sys/fs/cgroup/a/memory.peak:\u0663\n",
+        f"/sys/fs/cgroup/a/memory.peak:{'9' * 5000}\n",
         "/sys/fs/cgroup/a/io.stat:8:0 rbytes=x\n",
+        "/sys/fs/cgroup/a/cpu.pressure:full avg10=0.00 avg60=0.00 avg300=0.00 total=5\n",
+        "/sys/fs/cgroup/a/cpu.pressure:some avg10=0.00 avg60=0.00 avg300=0.00 total=\n",
         "/sys/fs/cgroup/a/unheard.of:1\n",
     ],
 )
@@ -73,13 +84,20 @@ def test_what_is_no_counter_counts_nothing(text: str) -> None:
 
 
 def test_what_a_process_says() -> None:
-    lines = ["rchar: 100", "wchar: 5", "syscr: 1", "read_bytes: 40", "write_bytes: 4096"]
-    usage = parse_file("/proc/7/io", lines)
+    text = "rchar: 100\nwchar: 5\nsyscr: 1\nread_bytes: 40\nwrite_bytes: 4096\n"
+    text += "cancelled_write_bytes: 9999\n"
+    usage = parse_files([("io", text)])
     assert (usage.io_read_bytes, usage.io_write_bytes) == (100, 4096)
 
 
 def test_cpuacct() -> None:
-    assert parse_file("/sys/fs/cgroup/cpuacct/a/cpuacct.usage", ["1500000000"]).cpu_seconds == 1.5
+    assert parse_files([("cpuacct.usage", "1500000000\n")]) == Usage(cpu_seconds=1.5)
+
+
+def test_of_two_files_that_count_the_same_the_larger_figure_is_taken() -> None:
+    one, other = ("io", "rchar: 100\n"), ("io.stat", "8:0 rbytes=7\n8:16 rbytes=94\n")
+    expected = Usage(io_read_bytes=101)
+    assert parse_files([one, other]) == parse_files([other, one]) == expected
 
 
 def test_merging_takes_the_larger() -> None:

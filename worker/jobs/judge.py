@@ -224,14 +224,14 @@ class _Judge:
         return COMPLETED
 
     def _out_of_memory(self) -> bool:
-        if self.state.result == "oom-kill":
+        # The one killed need not be the main process, which then fails for want of the other.
+        if self.state.result == "oom-kill" or (self.usage.oom_kills or 0) > 0:
             return True
         killed = self.state.exec_main_code in (CLD_KILLED, CLD_DUMPED)
         if not killed or self.state.exec_main_status != signal.SIGKILL:
             return False
-        if self.usage.oom_kills is None:  # no record: the kernel's counter was not to be had
-            return self._own_limit_reached()
-        return self.usage.oom_kills > 0
+        # no record: the kernel's counter was not to be had
+        return self.usage.oom_kills is None and self._own_limit_reached()
 
     def _own_limit_reached(self) -> bool:
         if self.state.result == "oom-kill" and self.usage.memory_limit_hits is None:

@@ -7,7 +7,7 @@ import re
 import shlex
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 from worker.jobs.judge import UsageLike
 from worker.jobs.outcome import Outcome, error_text
@@ -21,6 +21,17 @@ from worker.master.wire import Job, JobResult
 
 MAX_LOG_BYTES = 64 * 1024
 _VERBOSE = re.compile(r"^(?:\[[^\]\n]{1,80} @ 0x[0-9a-f]+\] )*\[(?:verbose|debug|trace)\]")
+
+
+class FullUsage(UsageLike, Protocol):
+    """With the kernel's pressure stall information: how long some of the unit had to wait."""
+
+    @property
+    def cpu_stall_seconds(self) -> float | None: ...
+    @property
+    def memory_stall_seconds(self) -> float | None: ...
+    @property
+    def io_stall_seconds(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +52,7 @@ class JobRun:
     unit: str = ""
     """The transcode's, or that of the input if it came to no transcode; empty without any."""
     transcode_sec: float | None = None
-    usage: UsageLike | None = None
+    usage: FullUsage | None = None
     """Of that unit."""
     progress: Progress | None = None
     media: Media | None = None
@@ -143,6 +154,9 @@ def _figures(run: JobRun) -> dict[str, Any]:
         "memory_peak_bytes": usage.memory_peak_bytes if usage else None,
         "io_read_bytes": usage.io_read_bytes if usage else None,
         "io_write_bytes": usage.io_write_bytes if usage else None,
+        "cpu_stall_seconds": usage.cpu_stall_seconds if usage else None,
+        "memory_stall_seconds": usage.memory_stall_seconds if usage else None,
+        "io_stall_seconds": usage.io_stall_seconds if usage else None,
     }
     return figures
 

@@ -52,8 +52,9 @@ class Bus:
     """A connection to systemd's manager over the system bus or the user's bus.
 
     ``on_signal`` gets the signals of systemd that ``matches`` (D-Bus match rules without sender)
-    select; ``on_resync`` is called when signals may have been missed. Both run in the event loop
-    and must not block.
+    select; ``on_resync`` is called when signals may have been missed. ``needless`` is asked by
+    path, name and undecoded body (see connection.Needless) which signals can be left out. All
+    run in the event loop and must not block.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Bus:
         matches: Sequence[str] = (),
         on_signal: Callable[[Message], None] = lambda _message: None,
         on_resync: Callable[[], None] = lambda: None,
+        needless: Callable[[str, str, bytes], bool] = lambda _path, _member, _body: False,
         call_timeout: float = 25.0,
     ) -> None:
         self._user = user
@@ -74,6 +76,7 @@ class Bus:
         )
         self._on_signal = on_signal
         self._on_resync = on_resync
+        self._needless = needless
         self._call_timeout = call_timeout
         self._in_flight = asyncio.Semaphore(_MAX_IN_FLIGHT)
         self._connection: Connection | None = None
@@ -153,7 +156,7 @@ class Bus:
     async def _connect(self) -> None:
         self._disconnect()
         address = self._address or bus_address(user=self._user)
-        connection = Connection(address, self._dispatch)
+        connection = Connection(address, self._dispatch, self._is_needless)
         try:
             await connection.open(self._call_timeout)
             await self._prepare(connection)
@@ -221,6 +224,10 @@ class Bus:
             limit = min(_BACKOFF_LAST_SEC, _BACKOFF_FIRST_SEC * 2 ** min(attempt, 10))
             await asyncio.sleep(random.uniform(0, limit))
             attempt += 1
+
+    def _is_needless(self, sender: str, path: str, member: str, body: bytes) -> bool:
+        # What others send is left to _dispatch: it must not pass for something systemd has said.
+        return sender == self._owner and self._needless(path, member, body)
 
     def _dispatch(self, message: Message) -> None:
         try:

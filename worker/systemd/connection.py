@@ -3,6 +3,9 @@
 Three of the library's habits need more than care at the call: authentication spins for ever when
 the bus closes the socket half way; sockets are left open after a failure; a broken connection
 leaves exceptions in futures that nobody looks at.
+
+It is slow, too: to decode one of systemd's signals takes longer than to act on it, and most of
+them repeat what is known, or are of other units. So they are looked at before they are decoded.
 """
 
 from __future__ import annotations
@@ -10,14 +13,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
+import struct
 from collections.abc import Callable
 from typing import Any
 
 from worker.errors import BusGone, SystemdError
-from worker.systemd.library import Message, MessageBus, MessageType
+from worker.systemd.library import (
+    MarshallerStreamEndError,
+    Message,
+    MessageBus,
+    MessageType,
+    Unmarshaller,
+)
 
 DBUS = "org.freedesktop.DBus"
 _SYSTEM_SOCKET = "unix:path=/run/dbus/system_bus_socket"
+
+Needless = Callable[[str, str, str, bytes], bool]
+"""Whether nobody needs a signal, by sender, path, name (member), and body as it goes over the wire
+of a little-endian machine."""
+
+# The D-Bus Specification, "Message Format": byte order, type, flags, version, length of the body,
+# serial, length of the header fields; each of those is a code, a signature and the value.
+_FIXED = struct.Struct("<BB2xI4xI")
+_LITTLE_ENDIAN = ord("l")
+_FIELDS = [
+    re.compile(rb"%c\x01%c\x00....([^\x00]+)\x00" % field, re.DOTALL)
+    for field in ((7, b"s"), (1, b"o"), (3, b"s"))  # sender, path, member
+]
 
 
 def bus_address(*, user: bool) -> str:
@@ -35,12 +59,47 @@ def bus_address(*, user: bool) -> str:
     )
 
 
+class _Unmarshaller(Unmarshaller):
+    """Reads one message, leaving out those that are needless."""
+
+    def __init__(self, stream: Any, needless: Needless) -> None:
+        super().__init__(stream)  # type: ignore[no-untyped-call]
+        self._needless = needless
+
+    def unmarshall(self) -> Message | None:
+        try:
+            while self._next_is_needless():
+                self.buf.clear()
+        except MarshallerStreamEndError:
+            return None
+        message: Message | None = super().unmarshall()  # type: ignore[no-untyped-call]
+        return message
+
+    def _next_is_needless(self) -> bool:
+        self.offset = 0
+        self.read(16, prefetch=True)  # type: ignore[no-untyped-call]
+        order, kind, body_size, fields_size = _FIXED.unpack_from(self.buf)
+        if order != _LITTLE_ENDIAN or kind != MessageType.SIGNAL.value:
+            return False
+        body = 16 + fields_size + -fields_size % 8
+        self.read(body + body_size, prefetch=True)  # type: ignore[no-untyped-call]
+        sender, path, member = (
+            found[1].decode() if (found := field.search(self.buf, 16, body)) else ""
+            for field in _FIELDS
+        )
+        return self._needless(sender, path, member, bytes(self.buf[body:]))
+
+
 class _MessageBus(MessageBus):
     """dbus-next is finished software, so its private names can be relied upon."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, needless: Needless) -> None:
+        self._needless = needless
         super().__init__(bus_address=address)
         self._disconnect_future.add_done_callback(_look_at)
+
+    def _create_unmarshaller(self) -> Unmarshaller:
+        return _Unmarshaller(self._stream, self._needless)
 
     def _setup_socket(self) -> None:
         try:
@@ -69,10 +128,16 @@ class _MessageBus(MessageBus):
 class Connection:
     """Sends calls and pairs their answers. Once broken it stays broken; make a new one."""
 
-    def __init__(self, address: str, on_signal: Callable[[Message], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        on_signal: Callable[[Message], None],
+        needless: Needless = lambda _sender, _path, _member, _body: False,
+    ) -> None:
         self.address = address
         self.lost = asyncio.Event()
         self._on_signal = on_signal
+        self._needless = needless
         self._bus: _MessageBus | None = None
         self._replies: dict[int, asyncio.Future[Message]] = {}
         self._unsent: asyncio.Future[None] | None = None
@@ -87,7 +152,7 @@ class Connection:
         try:
             async with asyncio.timeout(timeout):
                 # Its constructor connects the socket and looks for the running event loop.
-                self._bus = _MessageBus(self.address)
+                self._bus = _MessageBus(self.address, self._needless)
                 await self._bus.connect()
         except Exception as error:  # the library raises whatever went wrong, OSError to ValueError
             self.close()

@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from worker.errors import (
@@ -34,7 +33,7 @@ from worker.systemd.names import JOB_UNITS, slice_cgroup
 from worker.systemd.properties import Property, properties
 from worker.systemd.state import UnitState, counter
 from worker.systemd.tracker import MATCHES, Tracked, Tracker, parse_row
-from worker.systemd.unit import Unit
+from worker.systemd.unit import Unit, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +67,16 @@ class Launcher:
             address=address,
             matches=MATCHES,
             on_signal=lambda message: self.tracker.on_signal(message),
-            on_resync=lambda: self.tracker.resync(),
+            on_resync=lambda: self.tracker.reconnected(),
+            needless=lambda path, member, body: self.tracker.needless(path, member, body),
             call_timeout=call_timeout,
         )
         self.tracker = Tracker(self.bus)
         self.meter = meter or CgroupMeter()
         self.version = 0
         """systemd's, e.g. 252; 0 before connect()."""
+        self.never_counted: set[str] = set()
+        """Properties of systemd's accounting that stay unset on this machine."""
         self._manager_cgroup = ""
         self._field_files = FieldFiles()
         self._reconnect_timeout = reconnect_timeout
@@ -209,7 +211,7 @@ class Launcher:
         lost = reaped = False
         while True:
             if not lost and self.version >= 240:  # before, output is not appended
-                tracked.output_begin = _size(launch.stdout)
+                tracked.output_begin = size_of(launch.stdout)
             try:
                 body = [launch.unit, "fail", self._properties(launch, tracked), []]
                 (job,) = await self.bus.call("StartTransientUnit", "ssa(sv)a(sa(sv))", body)
@@ -308,7 +310,7 @@ class Launcher:
 
     async def _is_loaded_after(self, unit: Tracked, *, failed: bool) -> bool:
         """Stop or reset the unit, then see whether that has unloaded it."""
-        unit.gone.clear()
+        unit.expect_removal()
         try:
             if failed:
                 await self.repeat("ResetFailedUnit", "s", unit.name)
@@ -317,6 +319,8 @@ class Launcher:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_UNLOAD_LOOK_SEC):
                     await unit.gone.wait()
+            if unit.unloaded:
+                return False
             # Does not load the unit again just to say that it is not there.
             await self.repeat("GetUnit", "s", unit.name)
         except NoSuchUnit:
@@ -335,12 +339,9 @@ class Launcher:
         finally:
             self.tracker.forget(tracked)
 
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    async def read(self, path: str, interface: str, name: str) -> object:
+        """A property of a loaded unit, asked for as in repeat()."""
+        return await self._repeat(partial(self.bus.get, path, interface, name))
 
 
 def parse_version(text: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any, cast
 _gi = sys.modules.get("gi")
 sys.modules["gi"] = cast("Any", None)  # an import of it now fails
 try:
+    from dbus_next._private.unmarshaller import MarshallerStreamEndError, Unmarshaller
     from dbus_next.aio.message_bus import MessageBus
     from dbus_next.constants import MessageFlag, MessageType
     from dbus_next.errors import SignatureBodyMismatchError
@@ -24,10 +25,12 @@ finally:
         sys.modules["gi"] = _gi
 
 __all__ = [
+    "MarshallerStreamEndError",
     "Message",
     "MessageBus",
     "MessageFlag",
     "MessageType",
     "SignatureBodyMismatchError",
+    "Unmarshaller",
     "Variant",
 ]

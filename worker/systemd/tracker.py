@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -30,6 +31,8 @@ MATCHES = (
     f"type='signal',interface='{MANAGER}',member='UnitRemoved'",
     f"type='signal',interface='{MANAGER}',member='Reloading'",
 )
+# In the body of a PropertiesChanged: the name, its value's signature, and the value with its size.
+_SUCCESS = re.compile(rb"\x00Result\x00\x01s\x00+\x07\x00{3}success\x00")
 _INSURANCE_SEC = 60.0
 _RETRY_SEC = 1.0
 
@@ -51,6 +54,10 @@ class Tracked:
         """Of the start job: done, failed, canceled, …; empty if nobody told us."""
         self.gone = asyncio.Event()
         """A hint that the unit may have been unloaded."""
+        self.unloaded = False
+        """More than a hint: systemd said so, and not because it loads all units again."""
+        self.last_body = b""
+        """Of the last PropertiesChanged."""
         self.output_begin = 0
         """Size of the file for standard output before the start."""
         self.armed = False
@@ -65,6 +72,7 @@ class Tracked:
     def restart(self) -> None:
         """Forget what was seen of an earlier unit of this name."""
         self.live = UnitState(control_group=self.live.control_group)
+        self.last_body = b""
         self._removed_jobs.clear()
 
     def job_started(self, job: str) -> None:
@@ -83,6 +91,11 @@ class Tracked:
         self.job_result = result
         self.job_done.set()
 
+    def expect_removal(self) -> None:
+        """What was said of an earlier one does not count."""
+        self.gone.clear()
+        self.unloaded = False
+
     def freeze(self) -> None:
         self.final = replace(self.live, main_pid=0)
         self.job_done.set()
@@ -99,6 +112,12 @@ class Tracker:
         self._dirty: set[str] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._reloading = False
+
+    @property
+    def unfinished(self) -> int:
+        """How many units are followed whose end is not known."""
+        return sum(unit.final is None for unit in self._units.values())
 
     def open(self) -> None:
         if self._task is None:
@@ -146,7 +165,35 @@ class Tracker:
         """Have a look at all units: something may have been missed."""
         for unit in self._units.values():
             unit.gone.set()
+            unit.last_body = b""
             self.mark(unit)
+
+    def reconnected(self) -> None:
+        """systemd has answered our subscription: it loads no units just now."""
+        self._reloading = False
+        self.resync()
+
+    def needless(self, path: str, member: str, body: bytes) -> bool:
+        """Whether this signal of systemd tells nothing new of any unit that is followed."""
+        if member == "PropertiesChanged":
+            return self._is_known(path, body)
+        # Each start loads and drops units of mount points that are none.
+        return member == "UnitRemoved" and _first_string(body) not in self._units
+
+    def _is_known(self, path: str, body: bytes) -> bool:
+        """Of about ten PropertiesChanged for a unit that ends well, two say something new."""
+        unit = self._paths.get(path)
+        if unit is None:
+            return True
+        if unit.final is not None:
+            # Only that the clean-up failed would be news.
+            return _SUCCESS.search(body) is not None
+        if body != unit.last_body:
+            unit.last_body = body
+            return False
+        if _may_be_over(unit.live):
+            self.mark(unit)  # the same again, because something else has changed
+        return True
 
     async def rows(self, names: Iterable[str]) -> dict[str, dict[str, object]]:
         """LoadState, ActiveState, SubState and Job of units, all taken at one moment."""
@@ -171,12 +218,16 @@ class Tracker:
                     if result != "done" or job != unit.job:
                         self.mark(unit)
             case "UnitRemoved":
-                # Sent for every unit at each daemon-reload, too: a reason to look, no more.
+                # Sent for every unit at each daemon-reload, too: then a reason to look, no more.
                 if unit := self._units.get(message.body[0]):
+                    # Not connected yet: the begin of a reload may have been missed.
+                    unit.unloaded = self._bus.connected and not self._reloading
                     unit.gone.set()
                     self.mark(unit)
-            case "Reloading" if message.body == [False]:
-                self.resync()
+            case "Reloading":
+                self._reloading = message.body != [False]
+                if not self._reloading:
+                    self.resync()
 
     async def _reconcile(self) -> None:
         while True:
@@ -237,6 +288,10 @@ def parse_row(row: list[object]) -> dict[str, object]:
         "SubState": row[4],
         "Job": [row[7], row[9]],
     }
+
+
+def _first_string(body: bytes) -> str:
+    return body[4 : 4 + int.from_bytes(body[:4], "little")].decode()
 
 
 def _may_be_over(state: UnitState) -> bool:

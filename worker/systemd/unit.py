@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker.errors import BusGone, NoSuchUnit, SystemdError
@@ -139,7 +140,7 @@ class Unit:
             return ""
 
     async def _accounting(self) -> Usage:
-        names = list(self._accounted())
+        names = [name for name in self._accounted() if name not in self._launcher.never_counted]
         values = await asyncio.gather(
             *(self._launcher.bus.get(self._tracked.path, "Service", name) for name in names),
             return_exceptions=True,
@@ -152,6 +153,9 @@ class Unit:
                 raise value
             elif (number := counter(value)) is not None:
                 known[name] = number
+            elif self.state.exec_main_code == 1 and self.state.result == "success":
+                # Its cgroup was there until its end: this machine counts that for no unit.
+                self._launcher.never_counted.add(name)
         nsec = known.get("CPUUsageNSec")
         return Usage(
             cpu_seconds=None if nsec is None else nsec / 1e9,
@@ -164,3 +168,11 @@ class Unit:
         yield "CPUUsageNSec"
         if self._launcher.version >= 255:  # before, the others go with the cgroup
             yield from ("MemoryPeak", "IOReadBytes", "IOWriteBytes")
+
+
+def size_of(output: Path) -> int:
+    """Of the file for standard output; 0 if it is not there yet."""
+    try:
+        return output.stat().st_size
+    except OSError:
+        return 0

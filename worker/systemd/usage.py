@@ -7,8 +7,10 @@ the unit's cgroup and appends the lines to the unit's standard output.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 CGROUP_ROOT = "/sys/fs/cgroup"
 
@@ -34,18 +36,96 @@ class Usage:
     v1: how often it was touched at all, which reclaiming page cache does too."""
     task_limit_hits: int | None = None
     """Forks refused by TasksMax."""
+    cpu_stall_seconds: float | None = None
+    """How long some thread of the unit was ready to run and had to wait for a CPU; the time that
+    its own CPUQuota held it back counts. This and the next two are "some" of the kernel's
+    pressure stall information (Documentation/accounting/psi.rst): for each CPU the time in which
+    at least one thread waited, averaged over the CPUs that the unit used."""
+    memory_stall_seconds: float | None = None
+    """How long some thread waited for memory: reclaim, swap, pages read back in."""
+    io_stall_seconds: float | None = None
+    """How long some thread waited for a block device."""
 
     def merged(self, other: Usage) -> Usage:
         """The larger of each counter: all of them only grow."""
-        values = {}
-        for field in fields(self):
-            known = [
-                value
-                for value in (getattr(self, field.name), getattr(other, field.name))
-                if value is not None
-            ]
-            values[field.name] = max(known, default=None)
-        return Usage(**values)
+        return Usage(*(_larger(getattr(self, name), getattr(other, name)) for name in _NAMES))
+
+
+_NAMES = tuple(field.name for field in fields(Usage))
+
+
+def _larger(one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return other if one is None else one
+    return max(one, other)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    """Where a file has a counter: the sum of what the pattern matches, over ``unit``."""
+
+    name: str
+    """The field of Usage."""
+    pattern: re.Pattern[str]
+    unit: float | None = None
+    """How many of what the kernel counts make a second; None for plain numbers."""
+
+
+def _counter(name: str, pattern: str, unit: float | None = None) -> _Counter:
+    """``#`` stands for the number: a kernel counter has 64 bits."""
+    number = pattern.replace("#", r"(\d{1,20})")
+    return _Counter(name, re.compile(number, re.ASCII | re.MULTILINE), unit)
+
+
+# No match is "not known": "max" is no number, and a device without I/O has no line.
+_NUMBER = "^#$"
+_STALLED = r"^some .*\btotal=#$"
+_FILES = {
+    "cpu.stat": [_counter("cpu_seconds", "^usage_usec #$", 1e6)],
+    "cpuacct.usage": [_counter("cpu_seconds", _NUMBER, 1e9)],
+    "memory.peak": [_counter("memory_peak_bytes", _NUMBER)],
+    "memory.current": [_counter("memory_peak_bytes", _NUMBER)],
+    "memory.max_usage_in_bytes": [_counter("memory_peak_bytes", _NUMBER)],
+    "memory.events": [
+        _counter("oom_kills", "^oom_kill #$"),
+        _counter("memory_limit_hits", "^oom #$"),
+    ],
+    "memory.oom_control": [_counter("oom_kills", "^oom_kill #$")],
+    "memory.failcnt": [_counter("memory_limit_hits", _NUMBER)],
+    "pids.events": [_counter("task_limit_hits", "^max #$")],
+    "io.stat": [  # "8:0 rbytes=1 wbytes=2 …", a line for each device
+        _counter("io_read_bytes", r"\brbytes=#\b"),
+        _counter("io_write_bytes", r"\bwbytes=#\b"),
+    ],
+    "blkio.throttle.io_service_bytes_recursive": [  # "8:0 Read 1", likewise
+        _counter("io_read_bytes", r"^\S+ Read #$"),
+        _counter("io_write_bytes", r"^\S+ Write #$"),
+    ],
+    "io": [  # /proc/PID/io
+        _counter("io_read_bytes", "^rchar: #$"),
+        _counter("io_read_bytes", "^read_bytes: #$"),
+        _counter("io_write_bytes", "^wchar: #$"),
+        _counter("io_write_bytes", "^write_bytes: #$"),
+    ],
+    "cpu.pressure": [_counter("cpu_stall_seconds", _STALLED, 1e6)],
+    "memory.pressure": [_counter("memory_stall_seconds", _STALLED, 1e6)],
+    "io.pressure": [_counter("io_stall_seconds", _STALLED, 1e6)],
+}
+
+
+def parse_files(files: Iterable[tuple[str, str]]) -> Usage:
+    """Usage from counter files, each given as its name and its text.
+
+    Where several count the same, the larger is taken. Files of other names count nothing.
+    """
+    found: dict[str, Any] = {}
+    for name, text in files:
+        for counter in _FILES.get(name, ()):
+            if numbers := counter.pattern.findall(text):
+                total = sum(map(int, numbers))
+                value = total / counter.unit if counter.unit else total
+                found[counter.name] = _larger(found.get(counter.name), value)
+    return Usage(**found)
 
 
 def parse_record(text: str) -> Usage:
@@ -64,10 +144,7 @@ def parse_record(text: str) -> Usage:
             break
         seen.add(line_key(path, value))
         files.setdefault(path, []).append(value)
-    result = Usage()
-    for path, lines in files.items():
-        result = result.merged(parse_file(path, lines))
-    return result
+    return parse_files((path.rpartition("/")[2], "\n".join(lines)) for path, lines in files.items())
 
 
 def line_key(path: str, line: str) -> str:
@@ -76,79 +153,3 @@ def line_key(path: str, line: str) -> str:
     # "254:0 Read 12" of blkio names its counter with two words, "254:0 rbytes=1 …" with one.
     names = words[:-1] if len(words) in (2, 3) and "=" not in line else words[:1]
     return " ".join([path, *([] if line.strip().isdigit() else names)])
-
-
-def parse_file(path: str, lines: Iterable[str]) -> Usage:
-    """One counter file of a cgroup, known by its name."""
-    lines = list(lines)
-    match path.rpartition("/")[2]:
-        case "cpu.stat":
-            usec = _table(lines).get("usage_usec")
-            return Usage(cpu_seconds=None if usec is None else usec / 1e6)
-        case "cpuacct.usage":
-            nsec = _number(lines)
-            return Usage(cpu_seconds=None if nsec is None else nsec / 1e9)
-        case "memory.peak" | "memory.max_usage_in_bytes" | "memory.current":
-            return Usage(memory_peak_bytes=_number(lines))
-        case "memory.events":
-            table = _table(lines)
-            return Usage(oom_kills=table.get("oom_kill"), memory_limit_hits=table.get("oom"))
-        case "memory.oom_control":
-            return Usage(oom_kills=_table(lines).get("oom_kill"))
-        case "memory.failcnt":
-            return Usage(memory_limit_hits=_number(lines))
-        case "pids.events":
-            return Usage(task_limit_hits=_table(lines).get("max"))
-        case "io.stat":
-            return Usage(
-                io_read_bytes=_io_stat(lines, "rbytes="), io_write_bytes=_io_stat(lines, "wbytes=")
-            )
-        case "blkio.throttle.io_service_bytes_recursive":
-            return Usage(io_read_bytes=_blkio(lines, "Read"), io_write_bytes=_blkio(lines, "Write"))
-        case "io":  # /proc/PID/io
-            table = _table([line.replace(":", "") for line in lines])
-            return Usage(
-                io_read_bytes=_largest(table.get("rchar"), table.get("read_bytes")),
-                io_write_bytes=_largest(table.get("wchar"), table.get("write_bytes")),
-            )
-    return Usage()
-
-
-def _largest(*values: int | None) -> int | None:
-    return max((value for value in values if value is not None), default=None)
-
-
-def _number(lines: list[str]) -> int | None:
-    """A file of one number; "max" means no limit and is no number."""
-    text = lines[0].strip() if lines else ""
-    return int(text) if text.isascii() and text.isdigit() else None
-
-
-def _table(lines: list[str]) -> dict[str, int]:
-    """A file of "name number" lines."""
-    rows = (line.split() for line in lines)
-    return {
-        row[0]: int(row[1])
-        for row in rows
-        if len(row) == 2 and row[1].isascii() and row[1].isdigit()
-    }
-
-
-def _io_stat(lines: list[str], key: str) -> int | None:
-    """Sum over devices of one field of "8:0 rbytes=1 wbytes=2 …"."""
-    values = [
-        int(word.removeprefix(key))
-        for line in lines
-        for word in line.split()
-        if word.startswith(key) and word.removeprefix(key).isdecimal()
-    ]
-    return sum(values) if values else None
-
-
-def _blkio(lines: list[str], operation: str) -> int | None:
-    """Sum over devices of the lines "8:0 Read 1"."""
-    rows = [line.split() for line in lines]
-    values = [
-        int(row[2]) for row in rows if len(row) == 3 and row[1] == operation and row[2].isdecimal()
-    ]
-    return sum(values) if values else None
