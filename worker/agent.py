@@ -3,53 +3,60 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import json
 import logging
-import os
 import signal
-from collections.abc import Coroutine
-from dataclasses import replace
-from datetime import UTC, datetime
-from typing import TypeVar
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import asdict, replace
+from typing import Any
 
 from worker import __version__, workspace
+from worker.acceptance import Acceptance
 from worker.config import Settings
-from worker.dispatch import LAST_POLL_SEC, Dispatcher
-from worker.errors import Reason, SystemdError
+from worker.control import Control, socket_path
+from worker.dispatch import LAST_POLL_SEC, Dispatcher, failed
+from worker.errors import (
+    JobUnknown,
+    MasterRefused,
+    MasterUnreachable,
+    SystemdError,
+    WorkerError,
+)
 from worker.execution import Execution
-from worker.jobs.outcome import Outcome
-from worker.jobs.report import JobRun, build_result
-from worker.leftovers import Acceptance, Records, Remains
+from worker.jobs.capabilities import Capabilities
+from worker.jobs.outcome import Intent
+from worker.ledger import Entry, Ledger
 from worker.master.client import MasterClient
-from worker.master.delivery import deliver
-from worker.master.retry import Backoff, Throttle
-from worker.master.session import NodeSession
+from worker.master.delivery import Delivered, Dropped, deliver
+from worker.master.retry import Backoff
+from worker.master.session import DEAD_AFTER, NodeSession
+from worker.master.standing import Standing, standing
 from worker.master.wire import Job, JobResult
-from worker.node import disk
 from worker.node.facts import NodeFacts, gather
+from worker.recovery import Found, Recovery
+from worker.steering import Draining, JobOrders
 from worker.steps import Programs
 from worker.systemd import enforcement
 from worker.systemd.launcher import Launcher
-from worker.systemd.scope import attachments
+from worker.systemd.ownunit import StopReason, stop_reason
+from worker.systemd.suspend import Suspension
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.notify import Notifier
+from worker.telemetry.pulse import Pulse, feed
 from worker.telemetry.server import Server
+from worker.upkeep import Upkeep
+from worker.watch import Watch
 
 logger = logging.getLogger(__name__)
 
 BUS_PATIENCE_SEC = 30.0
-DISK_WARN_RATIO = 0.90
-DISK_FULL_RATIO = 0.95
-STATUS_SECONDS = 5.0
 CLOSE_SECONDS = 3.0
-ATTACHMENTS_SECONDS = 15.0
-"""Between two counts of what is attached; each costs systemd a walk over its units."""
-
-T = TypeVar("T")
-
-
-class Stopped(Exception):
-    """Told to stop before the work has begun."""
+EXTENSION_SEC = 60.0
+"""By so much the time for a stop is extended, again and again while it goes on."""
+REQUEST_SEC = 180.0
+"""No request to the master, with all that belongs to it, takes longer."""
+_CAPABILITIES, _SILENT_SINCE = "capabilities", "silent since"
 
 
 class Agent:
@@ -62,10 +69,17 @@ class Agent:
             settings.node_name, settings.metrics_port, slots=settings.max_concurrent_jobs
         )
         self._launcher = Launcher(user=settings.user)
+        self._suspension = Suspension(self._launcher, user=settings.user)
+        self._pulse = Pulse()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._disk_complaint = Throttle(600.0)
+        self._online = asyncio.Event()
+        """There is a session with the master, registered or about to be."""
+        self._programs = Programs.find()
+        self._capabilities: Capabilities | None = None
         self._session: NodeSession | None = None
+        self._waiting = ""
+        self._draining: Draining | None = None
 
     async def run(self) -> None:
         """Work until SIGTERM, SIGINT or SIGHUP. Raises WorkerError where that cannot even begin."""
@@ -74,9 +88,13 @@ class Agent:
             loop.add_signal_handler(number, self._signalled, number)
         settings = self._settings
         workspace.require_work_dir(settings.work_dir)
-        records = Records(settings.work_dir)
+        self._ledger = ledger = Ledger.open(settings.work_dir / "ledger.db")
         server = None
         try:
+            ledger.import_records(settings.work_dir / "accepted")
+            self._upkeep = Upkeep(
+                settings, self._notifier, self._metrics, self._launcher, ledger, self.readiness
+            )
             if settings.metrics_port:
                 server = Server(
                     self._metrics,
@@ -85,10 +103,10 @@ class Agent:
                     port=settings.metrics_port,
                 )
                 server.start()
-            await self._unless_stopped(connect(self._launcher))
-            await self._work(records)
-        except Stopped:
-            logger.info("stopped before any job was taken")
+            if await self._connected():
+                await self._work()
+            else:
+                logger.info("stopped before any job was taken")
         finally:
             try:
                 await asyncio.wait_for(self._launcher.close(), CLOSE_SECONDS)
@@ -96,50 +114,75 @@ class Agent:
                 logger.warning("systemd did not answer in time; units may be left over")
             if server is not None:
                 server.stop()
-            records.close()
-
-    async def _unless_stopped(self, work: Coroutine[None, None, T]) -> T:
-        """The result of a part of the start; raises Stopped as soon as we are told to stop."""
-        task = asyncio.create_task(work)
-        told = asyncio.create_task(self._stop.wait())
-        try:
-            await asyncio.wait({task, told}, return_when="FIRST_COMPLETED")
-            if not task.done():
-                raise Stopped
-            return task.result()
-        finally:
-            for unfinished in (task, told):
-                unfinished.cancel()
-            await asyncio.gather(task, told, return_exceptions=True)
+            ledger.close()
 
     def readiness(self) -> list[str]:
         """Why this node takes no jobs now; empty when it does. Called from other threads."""
         reasons = []
         if self._stop.is_set():
             reasons.append("the worker is stopping")
+        if self._draining and self._draining.on:
+            reasons.append("draining (`ffmpeg-worker undrain` ends it)")
         if not self._launcher.connected:
             reasons.append("no connection to systemd over D-Bus")
         if self._session is None:
-            reasons.append("the worker is starting")
+            reasons.append(self._waiting or "the worker is starting")
         elif not self._session.registered:
             trouble = self._session.last_error
             reasons.append(f"not registered: {trouble}" if trouble else "registering")
         elif self._session.last_error:
             reasons.append(self._session.last_error)
-        if unusable := self._disk_unusable():
-            reasons.append(unusable)
+        reasons += self._upkeep.unusable()
         return reasons
 
-    async def _work(self, records: Records) -> None:
-        settings = self._settings
+    def _blocked(self) -> str:
+        """Why no job may be taken now, besides what is between us and the master."""
+        if self._draining and self._draining.on:
+            return "draining"
+        if not self._launcher.connected:
+            return "no connection to systemd over D-Bus"
+        return "; ".join(self._upkeep.unusable())
+
+    # --- at work
+
+    async def _connected(self) -> bool:
+        """Connect to systemd; False if told to stop meanwhile."""
+        connecting = asyncio.create_task(connect(self._launcher))
+        told = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({connecting, told}, return_when="FIRST_COMPLETED")
+            if connecting.done():
+                connecting.result()
+            return connecting.done()
+        finally:
+            for task in (connecting, told):
+                task.cancel()
+            await asyncio.gather(connecting, told, return_exceptions=True)
+
+    async def _work(self) -> None:
+        settings, ledger = self._settings, self._ledger
         logger.info("ffmpeg-worker %s, systemd %d", __version__, self._launcher.version)
-        left = records.left()
-        remains = Remains(settings.work_dir, self._launcher, [entry.job for entry in left])
-        await self._unless_stopped(remains.clear())
+        recovery = Recovery(ledger, self._launcher, settings.work_dir)
+        found = await recovery.look()
+        self._suspension.sweep(found.loaded)
+        self._dispatcher = dispatcher = Dispatcher(
+            slots=settings.max_concurrent_jobs,
+            poll_interval=settings.poll_interval,
+            execute=self._execution,
+            deliver=self._deliver,
+            ledger=ledger,
+            blocked=self._blocked,
+            metrics=self._metrics,
+            pulse=self._pulse,
+        )
+        self._draining = Draining(dispatcher, ledger)
+        # What runs is followed before anything slow is done. What this node can do is known
+        # from the last time; it decides nothing for a job that was begun.
+        self._capabilities = _capabilities(ledger.get(_CAPABILITIES))
+        resumed = self._capabilities is not None
+        if resumed:
+            self._resume(found)
         self._notifier.ready("starting")
-        facts = await self._unless_stopped(self._look_around())
-        self._metrics.set_encoders(facts.encoders.proven, has_gpu=facts.capabilities.has_gpu)
-        programs = Programs.find()
         key = settings.master_api_key
         async with MasterClient(
             base_url=settings.master_url,
@@ -148,45 +191,63 @@ class Agent:
             cert=settings.cert,
             key=settings.key,
             insecure=settings.insecure_skip_verify,
-        ) as client:
-            session = self._session = NodeSession(
-                client,
-                facts.registration(settings.node_name),
-                heartbeat_interval=settings.heartbeat_interval,
-                on_heartbeat=self._metrics.heartbeat,
-                on_answer=self._metrics.set_master_up,
-                in_doubt=True,
-                run_by_others=remains.run_by_others,
-            )
+        ) as self._client:
+            control = Control(socket_path(settings.work_dir), self._draining.commands)
+            try:
+                await control.start()
+            except WorkerError as error:
+                logger.warning("%s; `ffmpeg-worker drain` will not work", error)
+            try:
+                await self._serve(dispatcher, self._go_online(recovery, found, resumed))
+            finally:
+                await control.close()
 
-            def execute(job: Job) -> Execution:
-                return Execution(
-                    job,
-                    node_id=session.node_id or "",
-                    launcher=self._launcher,
-                    capabilities=facts.capabilities,
-                    programs=programs,
-                    settings=settings,
+    def _resume(self, found: Found) -> None:
+        for entry in found.begun:
+            if entry.steps:
+                self._dispatcher.start(Acceptance(self._ledger, entry))
+            else:  # taken over from a version that noted less
+                found.owed.append(
+                    replace(entry, result=failed(entry.job, "the worker ended while the job ran"))
                 )
 
-            async def report(job: Job, result: JobResult, *, maybe_landed: bool) -> None:
-                await deliver(
-                    client, job, result, maybe_landed=maybe_landed, node_ids=session.node_ids
-                )
-
-            dispatcher = Dispatcher(
-                slots=settings.max_concurrent_jobs,
-                poll_interval=settings.poll_interval,
-                source=session,
-                execute=execute,
-                deliver=report,
-                records=records,
-                blocked=self._blocked,
-                metrics=self._metrics,
-            )
-            for entry in left:
-                session.remember(entry.job)
-            await self._serve(session, dispatcher, left)
+    async def _go_online(self, recovery: Recovery, found: Found, resumed: bool) -> None:
+        """Find out what this node is, register, settle what was left, and take jobs."""
+        facts = await self._look_around()
+        self._capabilities = facts.capabilities
+        await self._ledger.run(
+            self._ledger.put, _CAPABILITIES, json.dumps(asdict(facts.capabilities), default=sorted)
+        )
+        self._metrics.set_encoders(facts.encoders.proven, has_gpu=facts.capabilities.has_gpu)
+        if not resumed:
+            self._resume(found)
+        await recovery.put_away([*found.settled, *found.owed])
+        await self._let_the_master_notice()
+        session = self._session = NodeSession(
+            self._client,
+            facts.registration(self._settings.node_name),
+            heartbeat_interval=self._settings.heartbeat_interval,
+            on_heartbeat=self._metrics.heartbeat,
+            on_answer=self._metrics.set_master_up,
+            in_doubt=True,
+            run_by_others=recovery.run_by_others,
+            sleep=self._beating("heartbeats"),
+        )
+        for entry in (*found.begun, *found.owed, *found.unstarted):
+            session.remember(entry.job)
+        # The master knows the node again before it hears of its jobs: a report first could make
+        # it give us a new id (it does so for a node whose job has just been queued again).
+        await session.register()
+        self._online.set()
+        self._dispatcher.tell_change()
+        for entry in found.owed:
+            assert entry.result is not None
+            logger.info("job %s: its result was not delivered yet", entry.job.id)
+            acceptance = Acceptance(self._ledger, entry)
+            self._dispatcher.report(acceptance, entry.result, maybe_landed=True)
+        for entry in found.unstarted:
+            await self._begin_if_ours(entry, session)
+        await self._dispatcher.run(session)
 
     async def _look_around(self) -> NodeFacts:
         """What this machine is and, found out meanwhile, which limits hold on it."""
@@ -198,127 +259,180 @@ class Agent:
             return facts
         return replace(facts, labels={**facts.labels, "limits": limits.label})
 
-    async def _serve(
-        self, session: NodeSession, dispatcher: Dispatcher, left: list[Acceptance]
-    ) -> None:
-        """Take jobs until told to stop; heartbeats go on until the last report is off."""
-        heartbeats = asyncio.create_task(session.run(), name="heartbeats")
-        polling = asyncio.create_task(self._poll(session, dispatcher, left), name="polling")
-        status = asyncio.create_task(self._tell_status(session, dispatcher), name="status")
-        attached = asyncio.create_task(self._count_attached(), name="attachments")
+    async def _let_the_master_notice(self) -> None:
+        """Keep silent until the master has given away the jobs that were left to it."""
+        since = float(self._ledger.get(_SILENT_SINCE) or 0.0)
+        wait = min(since + DEAD_AFTER + 10.0 - time.time(), DEAD_AFTER + 10.0)
+        if wait > 0:
+            self._waiting = (
+                f"silent for {wait:.0f} s more, so that the master gives the jobs to others that "
+                "were stopped here in their last retry"
+            )
+            logger.warning("%s", self._waiting)
+            await asyncio.sleep(wait)
+        if since:
+            await self._ledger.run(self._ledger.put, _SILENT_SINCE, "")
+
+    async def _begin_if_ours(self, entry: Entry, session: NodeSession) -> None:
+        """Start a job that was accepted and never begun, unless it is somebody else's by now."""
+        acceptance, backoff = Acceptance(self._ledger, entry), Backoff(1.0, 60.0)
+        while True:
+            try:
+                there = await self._client.job(entry.job)
+                found = standing(there, entry.job, session.node_ids)
+                break
+            except JobUnknown:
+                found = Standing.ANOTHER
+                break
+            except (MasterRefused, MasterUnreachable) as error:
+                wait = backoff.next(error.retry_after)
+                logger.warning(
+                    "job %s was accepted and not begun; asking whether it is still ours in "
+                    "%.0f s: %s", entry.job.id, wait, error,
+                )  # fmt: skip
+                await asyncio.sleep(wait)
+        if found in (Standing.OURS, Standing.PAUSED):
+            logger.info("job %s was accepted and not begun; starting it now", entry.job.id)
+            self._dispatcher.start(acceptance)
+        else:
+            why = f"it was not begun, and is no longer ours ({found.value})"
+            logger.warning("job %s: %s", entry.job.id, why)
+            await acceptance.settle("dropped", why)
+            await acceptance.reap()
+
+    def _execution(self, acceptance: Acceptance) -> Execution:
+        assert self._capabilities is not None
+        session = self._session
+        return Execution(
+            acceptance.job,
+            node_id=(session.node_id if session else None) or "",
+            launcher=self._launcher,
+            capabilities=self._capabilities,
+            programs=self._programs,
+            settings=self._settings,
+            records=acceptance,
+            accepted_at=acceptance.accepted_at,
+            suspension=self._suspension,
+        )
+
+    async def _deliver(
+        self, job: Job, result: JobResult, *, maybe_landed: bool
+    ) -> Delivered | Dropped:
+        await self._online.wait()
+        assert self._session is not None
+        return await deliver(
+            self._client, job, result, maybe_landed=maybe_landed, node_ids=self._session.node_ids
+        )
+
+    def _watch(self) -> Watch:
+        orders = JobOrders(self._dispatcher)
+        running = self._dispatcher.running
+        return Watch(
+            self._client,
+            lambda: {name: execution.job for name, execution in running.items()},
+            interval=self._settings.job_check_interval,
+            node_ids=lambda: self._session.node_ids if self._session else (),
+            is_paused=orders.is_paused,
+            on_cancelled=orders.cancelled,
+            on_gone=orders.gone,
+            on_paused=orders.paused,
+            on_resumed=orders.resumed,
+            sleep=self._beating("watch"),
+        )
+
+    def _beating(self, loop: str) -> Callable[[float], Awaitable[None]]:
+        """A sleep that tells the watchdog how long it may take until the loop is seen again."""
+
+        async def sleep(seconds: float) -> None:
+            self._pulse.beat(loop, within=seconds + REQUEST_SEC)
+            await asyncio.sleep(seconds)
+
+        return sleep
+
+    # --- the end
+
+    async def _serve(self, dispatcher: Dispatcher, online: Coroutine[None, None, None]) -> None:
+        """Work until told to stop; heartbeats go on until the last report is off."""
+        polling = asyncio.create_task(online, name="polling")
+        heartbeats = asyncio.create_task(self._heartbeats(), name="heartbeats")
         told = asyncio.create_task(self._stop.wait(), name="stop")
-        tasks = (heartbeats, polling, status, attached, told)
+        others = [
+            asyncio.create_task(self._watch().run(), name="watch"),
+            asyncio.create_task(self._upkeep.status(dispatcher), name="status"),
+            asyncio.create_task(self._upkeep.attached(), name="attachments"),
+            asyncio.create_task(self._upkeep.history(), name="history"),
+            asyncio.create_task(feed(self._pulse, self._notifier), name="watchdog"),
+        ]
+        tasks = (told, polling, heartbeats, *others)
+        ending = None
         try:
-            await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
-        finally:
-            status.cancel()
-            attached.cancel()
+            done, _ = await asyncio.wait({told, polling, heartbeats}, return_when="FIRST_COMPLETED")
+            told_to = told in done
             self._stop.set()
-            self._notifier.stopping("stopping jobs and reporting them")
             dispatcher.stop_polling()
-            # A request for a job that is under way may still bring one; it must be answered for.
-            patience = LAST_POLL_SEC if session.registered else 0
-            await asyncio.wait({polling}, timeout=patience)
-            polling.cancel()
-            await dispatcher.stop(self._hurry)
-            heartbeats.cancel()
-            told.cancel()
+            ending = asyncio.create_task(self._extend_stop())
+            await self._end(dispatcher, polling, told_to)
+        finally:
+            for task in (*tasks, *([ending] if ending else [])):
+                task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
             if isinstance(result, Exception):
                 raise result
 
-    async def _poll(
-        self, session: NodeSession, dispatcher: Dispatcher, left: list[Acceptance]
-    ) -> None:
-        # The master knows the node again before it hears of its jobs: a report first could make
-        # it give us a new id (it does so for a node whose job has just been queued again).
-        await session.register()
-        dispatcher.changed.set()
-        for job, result in ((entry.job, entry.result) for entry in left):
-            if result is not None:
-                logger.info("job %s: its result was not delivered yet", job.id)
-                dispatcher.report(job, result, maybe_landed=True)
-            else:
-                logger.warning("job %s: the worker ended while it ran; reporting it failed", job.id)
-                dispatcher.report(job, self._restarted(job))
-        await dispatcher.run()
+    async def _heartbeats(self) -> None:
+        await self._online.wait()
+        assert self._session is not None
+        await self._session.run()
 
-    def _restarted(self, job: Job) -> JobResult:
-        now = datetime.now(UTC)
-        run = JobRun(
-            job=job,
-            node_id=job.node_id,
-            node_name=self._settings.node_name,
-            started_at=now,
-            ended_at=now,
-            total_sec=0.0,
-        )
-        sentence = "the worker was restarted while the job ran; run it again"
-        return build_result(run, Outcome.failed(Reason.PLATFORM_ERROR, sentence))
-
-    async def _tell_status(self, session: NodeSession, dispatcher: Dispatcher) -> None:
-        """Keep systemctl's status line, the disk gauge and the disk warning up to date."""
-        last = ""
-        while True:
-            used = self._disk_used()
-            if used is not None:
-                self._metrics.set_disk_used(used)
-            if used is not None and used >= DISK_WARN_RATIO and self._disk_complaint.due():
-                logger.warning(
-                    "the disk of %s is %.0f %% full; at %.0f %% no more jobs are taken",
-                    self._settings.work_dir, used * 100, DISK_FULL_RATIO * 100,
-                )  # fmt: skip
-            reasons = self.readiness()
-            line = f"{len(dispatcher.running)} of {dispatcher.slots} slots in use"
-            line = f"{line}; taking no jobs: {'; '.join(reasons)}" if reasons else f"ready, {line}"
-            if line != last:
-                self._notifier.status(line)
-                last = line
-            dispatcher.changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(dispatcher.changed.wait(), STATUS_SECONDS)
-
-    async def _count_attached(self) -> None:
-        """Keep the metrics of attached processes up to date."""
-        while True:
-            try:
-                self._metrics.set_attached(await attachments(self._launcher.bus))
-            except SystemdError as error:
-                logger.debug("cannot count what is attached: %s", error)
-            await asyncio.sleep(ATTACHMENTS_SECONDS)
-
-    def _blocked(self) -> str:
-        if not self._launcher.connected:
-            return "no connection to systemd over D-Bus"
-        return self._disk_unusable()
-
-    def _disk_unusable(self) -> str:
-        """Why no job can have its files in the work directory; empty if they can."""
-        folder = self._settings.work_dir
-        try:
-            used = disk.usage(folder).used_ratio
-        except OSError as error:
-            return f"the work directory {folder}: {error.strerror}"
-        if used >= DISK_FULL_RATIO:
-            return (
-                f"the disk of {folder} is {used:.0%} full (limit {DISK_FULL_RATIO:.0%}); "
-                "free some space"
+    async def _end(self, dispatcher: Dispatcher, polling: asyncio.Task[None], told: bool) -> None:
+        """Stop as the operator meant it."""
+        # What failed of itself is started again, as after a restart.
+        reason = await stop_reason(self._launcher.bus) if told else StopReason.RESTART
+        mode = self._settings.stop_mode
+        self._notifier.stopping(f"stopping ({reason.value})")
+        # A request for a job that is under way may still bring one; it must be answered for.
+        registered = self._session is not None and self._session.registered
+        await asyncio.wait({polling}, timeout=LAST_POLL_SEC if registered else 0)
+        polling.cancel()
+        await asyncio.wait({polling}, timeout=1.0)
+        if reason is StopReason.RESTART or (mode == "leave" and reason is not StopReason.SHUTDOWN):
+            logger.info("%d jobs run on; the next worker follows them", len(dispatcher.running))
+            await dispatcher.leave()
+            return
+        intent = Intent.SHUTDOWN
+        if reason is StopReason.SHUTDOWN:
+            intent = Intent.POWEROFF
+        elif dispatcher.running:
+            await self._see_jobs_end(
+                dispatcher, None if mode == "drain" else self._settings.stop_grace
             )
-        if not os.access(folder / "jobs", os.W_OK | os.X_OK):
-            return f"the work directory {folder / 'jobs'} is not writable"
-        return ""
+        await dispatcher.stop(intent, self._hurry)
+        if dispatcher.left_to_the_master:
+            await self._ledger.run(self._ledger.put, _SILENT_SINCE, str(time.time()))
 
-    def _disk_used(self) -> float | None:
-        """0 to 1; None where the work directory cannot be looked at, which readiness tells."""
-        try:
-            return disk.usage(self._settings.work_dir).used_ratio
-        except OSError:
-            return None
+    async def _see_jobs_end(self, dispatcher: Dispatcher, seconds: float | None) -> None:
+        """Wait for the running jobs, for so long or for ever, unless told to hurry."""
+        logger.info(
+            "waiting for %d jobs to end%s", len(dispatcher.running),
+            f", at most {seconds:g} s" if seconds is not None else "",
+        )  # fmt: skip
+        idle = asyncio.create_task(dispatcher.idle())
+        hurried = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({idle, hurried}, timeout=seconds, return_when="FIRST_COMPLETED")
+        for task in (idle, hurried):
+            task.cancel()
+        self._hurry.clear()  # the next signal is about the reports
+
+    async def _extend_stop(self) -> None:
+        """Tell systemd that the stop makes progress, for as long as it takes."""
+        while True:
+            self._notifier.extend_timeout(EXTENSION_SEC)
+            await asyncio.sleep(EXTENSION_SEC / 3)
 
     def _signalled(self, number: signal.Signals) -> None:
         if self._stop.is_set():
-            logger.warning("%s again: not waiting for reports any more", number.name)
+            logger.warning("%s again: not waiting any more", number.name)
             self._hurry.set()
         else:
             logger.info("%s: stopping", number.name)
@@ -341,3 +455,14 @@ async def connect(launcher: Launcher) -> None:
                 raise
             logger.warning("%s; next attempt in %.1f s", error, wait)
             await asyncio.sleep(wait)
+
+
+def _capabilities(text: str | None) -> Capabilities | None:
+    """What was found out about this node last time; None if that cannot be known."""
+    try:
+        fields: dict[str, Any] = json.loads(text or "")
+        for name in ("encoders", "listed_encoders", "hwaccels"):
+            fields[name] = frozenset(fields[name])
+        return Capabilities(**fields)
+    except (ValueError, TypeError, KeyError):
+        return None

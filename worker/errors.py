@@ -36,6 +36,10 @@ class ConfigError(WorkerError):
     exit_status = 2
 
 
+class LedgerError(WorkerError):
+    """The ledger of accepted jobs cannot be opened, read or written. Names the file."""
+
+
 class JobError(WorkerError):
     """This job alone cannot go on. ``reason`` says whose fault it is."""
 

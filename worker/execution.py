@@ -1,7 +1,8 @@
 """One accepted job on its way through its units: input, transcode, probe, publish, report.
 
 ``run`` returns the result to be delivered, whatever happens: every failure of a job is an
-outcome, not an exception.
+outcome, not an exception. A job that another agent began is taken up where it is: what is on
+record of it, its units and its files tell how far it got.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import signal
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from worker import workspace
+from worker.acceptance import NoRecords, StepRecords
 from worker.config import Settings
-from worker.errors import JobError, Reason, SystemdError
+from worker.errors import JobError, LedgerError, Reason, SystemdError
 from worker.jobs import ffmpeg, probe, streams
 from worker.jobs.capabilities import Capabilities
+from worker.jobs.judge import CLD_EXITED
 from worker.jobs.outcome import Intent, Outcome, error_text
 from worker.jobs.parse import parse_job
 from worker.jobs.progress import Progress, parse_progress
@@ -27,9 +33,10 @@ from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, Limits, StreamO
 from worker.jobs.text import redact
 from worker.master.wire import Job, JobResult
 from worker.node import disk
-from worker.steps import MIB, Programs, StepRun, Steps
+from worker.steps import MIB, Left, Programs, StepRun, Steps
 from worker.systemd.launcher import Launcher
-from worker.systemd.names import safe_id
+from worker.systemd.names import Step, safe_id
+from worker.systemd.suspend import Suspension
 from worker.systemd.usage import Usage
 from worker.workspace import Workspace
 
@@ -37,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_LOG_SECONDS = 10.0
 FIRST_PROGRESS_SECONDS = 2.0
+LOG_LINES = 40
+"""Of ffmpeg's last words, as many stay on record."""
 
 
 class Execution:
@@ -51,9 +60,15 @@ class Execution:
         capabilities: Capabilities,
         programs: Programs,
         settings: Settings,
+        records: StepRecords | None = None,
+        accepted_at: float | None = None,
+        suspension: Suspension | None = None,
         on_progress: Callable[[Execution], None] | None = None,
     ) -> None:
-        """``node_id`` is what the master calls us, where the job itself does not say it."""
+        """``node_id`` is what the master calls us, where the job itself does not say it.
+
+        ``records`` is what outlives us; ``accepted_at`` (Unix time) is now unless it is given.
+        """
         self.job = job
         """The acceptance this run answers for; a job re-issued while it runs replaces it."""
         self.spec: JobSpec | None = None
@@ -62,7 +77,8 @@ class Execution:
         """None until run() is done."""
         self.facts: JobRun | None = None
         """What the result was made of; None until run() is done."""
-        self.generation: StepRun | None = None
+        self.generation_sec: float | None = None
+        """How long it took to make the input, if it was made."""
         self.progress: Progress | None = None
 
         self._node_id = job.node_id or node_id
@@ -72,6 +88,9 @@ class Execution:
         self._on_progress = on_progress
         self._name = safe_id(job.id)
         self._workspace: Workspace | None = None
+        self._records = records or NoRecords()
+        self._accepted_at = time.time() if accepted_at is None else accepted_at
+        self._generation: StepRun | None = None
         self._refused: JobError | None = None
         self._expected_sec: float | None = None
         self._next_progress_log = 0.0
@@ -81,7 +100,7 @@ class Execution:
         self._output_bytes: int | None = None
         self._staged_bytes: int | None = None
         self._command: tuple[str, ...] = ()
-        self.steps = Steps(job, launcher, self._show)
+        self.steps = Steps(job, launcher, self._show, self._records, suspension)
         try:
             self.spec = parse_job(
                 job,
@@ -98,6 +117,16 @@ class Execution:
     def stop(self, intent: Intent) -> None:
         """Ask for the end of the job: its unit is stopped, and the result says why."""
         self.steps.stop(intent)
+
+    def leave(self) -> None:
+        """Let go of the job as it is, for the next agent to take up: run() returns None."""
+        self.steps.leave()
+
+    async def release(self) -> None:
+        """Clear away the units and the files: the result is on record."""
+        await self.steps.release()
+        if self._workspace is not None:
+            self._workspace.clear()
 
     def close(self) -> None:
         """Let go of the job's folder: its result is safe. May be repeated."""
@@ -119,14 +148,24 @@ class Execution:
             text += f", {min(100.0, 100 * progress.out_time_sec / self._expected_sec):.0f} %"
         return text
 
-    async def run(self) -> JobResult:
-        """Do the whole job. Raises nothing, except when its task is cancelled."""
-        begun_at, begun = datetime.now(UTC), time.monotonic()
+    async def run(self) -> JobResult | None:
+        """Do the whole job; None if it was left. Raises nothing, unless its task is cancelled.
+
+        The units and files stay until release(): they are all that tells of the job until its
+        result is on record.
+        """
+        begun_at = datetime.fromtimestamp(self._accepted_at, UTC)
+        begun = time.monotonic() - max(0.0, time.time() - self._accepted_at)
         try:
             outcome = await self._work()
+        except Left:
+            logger.info("job %s: left to the next run of the worker", self.job.id)
+            if self._workspace is not None:
+                self._workspace.let_go()
+            return None
         except JobError as error:
             outcome = Outcome.of(error)
-        except SystemdError as error:
+        except (SystemdError, LedgerError) as error:
             outcome = Outcome.failed(Reason.PLATFORM_ERROR, str(error))
         except OSError as error:
             outcome = Outcome.failed(workspace.reason(error), f"a file of the job: {error}")
@@ -134,10 +173,6 @@ class Execution:
             # A defect of ours costs this job, not the node.
             logger.exception("job %s: internal error", self.job.id)
             outcome = Outcome.failed(Reason.PLATFORM_ERROR, f"internal error: {error!r}")
-        finally:
-            await self.steps.clean_up()
-            if self._workspace is not None:
-                self._workspace.clear()
         seconds = time.monotonic() - begun
         if outcome.completed:
             logger.info("job %s: completed in %.1f s", self.job.id, seconds)
@@ -146,6 +181,27 @@ class Execution:
         self.outcome = outcome
         self.facts = self._gathered(begun_at, seconds, outcome)
         return build_result(self.facts, outcome)
+
+    @property
+    def killed(self) -> bool:
+        """The last unit did not end of itself, nor of a friendly signal: SIGKILL ended it."""
+        step = self._main or self._generation
+        return step is not None and (
+            step.state.exec_main_code != CLD_EXITED
+            and step.state.exec_main_status == signal.SIGKILL
+        )
+
+    def evidence(self) -> dict[str, Any]:
+        """What the verdict rests on, for the record."""
+        step = self._main or self._generation
+        if step is None:
+            return {}
+        return {
+            "unit": step.unit,
+            "state": asdict(step.state),
+            "usage": {key: value for key, value in asdict(step.usage).items() if value is not None},
+            "log": redact("\n".join(step.log_text.splitlines()[-LOG_LINES:])),
+        }
 
     # --- the way of the job
 
@@ -156,6 +212,28 @@ class Execution:
             raise self._refused
         spec = self.spec
         assert spec is not None
+        if not self.steps.resumed:
+            self._look_before(spec)
+        jobs_dir = self._settings.work_dir / "jobs"
+        space = self._workspace = (Workspace.reopen if self.steps.resumed else Workspace.create)(
+            jobs_dir, self._name
+        )
+        if isinstance(spec.output, StreamOutput):
+            return await self._stream(space, spec, spec.output)
+        if isinstance(spec.source, GeneratedInput):
+            await self._generate(space, spec)
+        staged = space.path / f"output{_suffix(spec)}"
+        main = await self._transcode(space, spec, staged)
+        published = space.published() if main.outcome.completed else None
+        self._staged_bytes = workspace.size_of(published or staged)
+        if main.outcome.completed:
+            await self._check(space, spec, published or staged, main)
+            if published is None:
+                await self._publish(space, spec, staged)
+        return main.outcome
+
+    def _look_before(self, spec: JobSpec) -> None:
+        """Raise JobError where the job cannot succeed, before anything is done for it."""
         for note in spec.notes:
             logger.info("job %s: %s", self.job.id, note)
         given = spec.source.path if isinstance(spec.source, FileInput) else None
@@ -165,18 +243,6 @@ class Execution:
             workspace.check_output(spec.output, given, private=self._settings.work_dir / "jobs")
         if not isinstance(spec.output, StreamOutput):
             self._check_disk(spec)
-        space = self._workspace = Workspace.create(self._settings.work_dir / "jobs", self._name)
-        if isinstance(spec.output, StreamOutput):
-            return await self._stream(space, spec, spec.output)
-        if isinstance(spec.source, GeneratedInput):
-            await self._generate(space, spec)
-        staged = space.path / f"output{_suffix(spec)}"
-        main = await self._transcode(space, spec, staged)
-        self._staged_bytes = workspace.size_of(staged)
-        if main.outcome.completed:
-            await self._check(space, spec, staged, main)
-            await self._publish(spec, staged)
-        return main.outcome
 
     def _check_disk(self, spec: JobSpec) -> None:
         """Raise JobError unless the job's disk limit fits on every file system it writes to."""
@@ -208,6 +274,9 @@ class Execution:
     async def _generate(self, space: Workspace, spec: JobSpec) -> None:
         """Make the input in a unit of its own, under the node's limits rather than the job's."""
         assert isinstance(spec.source, GeneratedInput)
+        if (record := self._records.recorded(Step.MAIN)) is not None:
+            self.generation_sec = record.get("generation_sec")
+            return
         self._expected_sec = spec.source.duration_sec
         self._next_progress_log = time.monotonic() + FIRST_PROGRESS_SECONDS
         target = space.path / "input.mp4"
@@ -216,7 +285,7 @@ class Execution:
             spec, self._programs.ffmpeg, target, encoders=self._capabilities.encoders
         )
         run = await self.steps.generate(space, spec, limits, command)
-        self.generation = run
+        self._generation, self.generation_sec = run, run.wall_seconds
         if not run.outcome.completed:
             assert run.outcome.reason is not None
             raise JobError(run.outcome.reason, run.outcome.message)
@@ -262,7 +331,10 @@ class Execution:
         self.progress = None
         self._expected_sec = spec.duration_sec or self._expected_sec
         self._next_progress_log = time.monotonic() + FIRST_PROGRESS_SECONDS
-        self._main = await self.steps.transcode(space, spec, command, source, output)
+        facts = {"generation_sec": self.generation_sec, "input_bytes": self._input_bytes}
+        if (record := self._records.recorded(Step.MAIN)) is not None:
+            self._input_bytes = record.get("input_bytes")
+        self._main = await self.steps.transcode(space, spec, command, source, output, facts)
         self.progress = self._main.progress or self.progress
         return self._main
 
@@ -279,12 +351,13 @@ class Execution:
         encoded = main.progress.out_time_sec if main.progress else None
         probe.check_output(self._media, spec, expected, main.log, encoded_sec=encoded)
 
-    async def _publish(self, spec: JobSpec, staged: Path) -> None:
-        if isinstance(spec.output, Path):
-            await self._put(staged, spec.output)
-        elif self._settings.persist_outputs:
-            name = f"job_{self._name}_output{_suffix(spec)}"
-            await self._put(staged, self._settings.work_dir / name)
+    async def _publish(self, space: Workspace, spec: JobSpec, staged: Path) -> None:
+        target = spec.output if isinstance(spec.output, Path) else None
+        if target is None and self._settings.persist_outputs:
+            target = self._settings.work_dir / f"job_{self._name}_output{_suffix(spec)}"
+        if target is not None:
+            space.publishing(staged, target)
+            await self._put(staged, target)
 
     async def _put(self, staged: Path, target: Path, *, copy: bool = False) -> None:
         """Publish a file without holding up the others: it may be large, and the disk slow."""
@@ -307,8 +380,9 @@ class Execution:
             self._on_progress(self)
 
     def _gathered(self, begun_at: datetime, seconds: float, outcome: Outcome) -> JobRun:
-        main, generation = self._main, self.generation
-        step = main or generation
+        main = self._main
+        step = main or self._generation
+        generated = self.generation_sec is not None
         usage = step.usage if step else None
         if main is not None and usage is not None:
             # What a killed ffmpeg wrote is seen in its file only.
@@ -328,9 +402,9 @@ class Execution:
             media=self._media,
             input_bytes=self._input_bytes,
             output_bytes=self._output_bytes,
-            generation_sec=generation.wall_seconds if generation else None,
+            generation_sec=self.generation_sec,
             input_encoder=(
-                ffmpeg.input_encoder(self._capabilities.encoders) if generation else None
+                ffmpeg.input_encoder(self._capabilities.encoders) if generated else None
             ),
             command=self._command,
             log_tail=step.log_text if step else "",

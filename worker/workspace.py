@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import logging
 import os
 import secrets
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 64 * 1024
 TAIL_BYTES = 256 * 1024
+_PUBLISHING = "publishing.json"
 
 
 class Workspace:
@@ -55,6 +57,52 @@ class Workspace:
                 Reason.PLATFORM_ERROR, f"another process is running this job already ({path})"
             )
         return cls(path, lock)
+
+    @classmethod
+    def reopen(cls, jobs_dir: Path, name: str) -> Workspace:
+        """Take over ``jobs_dir/name`` with all that is in it; made if it is missing.
+
+        Raises JobError as :meth:`create` does.
+        """
+        path = jobs_dir / name
+        try:
+            make_private(path)
+            lock = try_lock(path)
+        except OSError as error:
+            raise JobError(
+                reason(error), f"cannot use the job's folder {path}: {error.strerror}"
+            ) from error
+        if lock is None:
+            raise JobError(
+                Reason.PLATFORM_ERROR, f"another process is running this job already ({path})"
+            )
+        return cls(path, lock)
+
+    def let_go(self) -> None:
+        """Unlock the folder as it is, for the next agent."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def publishing(self, staged: Path, target: Path) -> None:
+        """Note what is about to be published, so that a later agent can tell that it was.
+
+        Raises OSError.
+        """
+        found = staged.lstat()
+        note = {"target": str(target), "device": found.st_dev, "inode": found.st_ino}
+        (self.path / _PUBLISHING).write_text(json.dumps(note), encoding="ascii")
+
+    def published(self) -> Path | None:
+        """Where the output is already, noted by :meth:`publishing` and renamed since."""
+        try:
+            note = json.loads((self.path / _PUBLISHING).read_bytes())
+            target = Path(note["target"])
+            found = target.lstat()
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        same = (found.st_dev, found.st_ino) == (note.get("device"), note.get("inode"))
+        return target if same else None
 
     def stdout(self, step: str) -> Path:
         """Where systemd appends the standard output of a step's unit."""

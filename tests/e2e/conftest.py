@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -56,6 +57,8 @@ class Worker:
             "MAX_CONCURRENT_JOBS": "2",
             "METRICS_PORT": str(METRICS_PORT),
             "LOG_LEVEL": "debug",
+            "STOP_GRACE": "0s",
+            "JOB_CHECK_INTERVAL": "1s",
         }
         settings |= config
         CONFIG.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
@@ -130,7 +133,8 @@ def worker() -> Iterator[Worker]:
     assert job_units() == []
     assert job_cgroups() == []
     assert [path.name for path in WORK_DIR.glob("jobs/*")] == []
-    assert [path.name for path in WORK_DIR.glob("accepted/*")] == []
+    for path in WORK_DIR.glob("ledger.db*"):  # the next test knows nothing of this one
+        path.unlink()
 
 
 @pytest.fixture
@@ -157,3 +161,34 @@ def make_media(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def parameters(**values: Any) -> dict[str, Any]:
     """A small and quick job."""
     return {"scenario": "160x120p10-h264", "parameters": {"duration": 1, **values}}
+
+
+def until(what: Callable[[], Any], timeout: float = 20, name: str = "") -> Any:
+    """What ``what()`` returns, once it is true: for states that nothing announces to a test."""
+    deadline = time.monotonic() + timeout * SLOWNESS
+    while not (value := what()):
+        assert time.monotonic() < deadline, name or "not in time"
+        time.sleep(0.05)
+    return value
+
+
+@pytest.fixture(scope="module")
+def long_job(make_media: Callable[..., Path]) -> dict[str, Any]:
+    """A job that runs for minutes if nobody stops it."""
+    source = make_media("long.mp4", seconds=60, size="640x360", rate=30)
+    return {
+        "scenario": "whatever",
+        "parameters": {
+            "input": str(source),
+            "codec": "h265",
+            "preset": "placebo",
+            "resource_limits": {"max_cpu_percent": 20},
+        },
+    }
+
+
+def running(job_id: str) -> str:
+    """Wait until the job's unit runs; its name."""
+    unit = f"ffmpeg-job-{job_id}.service"
+    until(lambda: sh("systemctl", "is-active", unit, check=False).strip() == "active")
+    return unit

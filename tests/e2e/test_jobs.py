@@ -131,6 +131,9 @@ def test_the_memory_limit_holds_20_times_of_20(
     errors = [master.wait(job["id"], timeout=120).get("error") for job in jobs]
     expected = "resource_error: memory limit of 40 MB exceeded"
     assert [error for error in errors if not str(error).startswith(expected)] == []
+    peaks = [result["metrics"]["memory_peak_bytes"] for result in master.results]
+    assert len(peaks) == 20
+    assert [peak for peak in peaks if not 38 << 20 < peak <= 40 << 20] == []
 
 
 def test_a_job_over_its_time_limit(worker: Worker, master: FakeMaster) -> None:

@@ -7,142 +7,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import PROGRAM, WORK_DIR, Worker, job_units, parameters, sh
+from tests.e2e.conftest import PROGRAM, WORK_DIR, Worker, job_units, parameters, running, sh, until
 from tests.fakes.master import FakeMaster
 from tests.slowness import SLOWNESS
-
-
-def until(what: Callable[[], Any], timeout: float = 20, name: str = "") -> Any:
-    """What ``what()`` returns, once it is true: for states that nothing announces to a test."""
-    deadline = time.monotonic() + timeout * SLOWNESS
-    while not (value := what()):
-        assert time.monotonic() < deadline, name or "not in time"
-        time.sleep(0.05)
-    return value
-
-
-@pytest.fixture(scope="module")
-def long_job(make_media: Callable[..., Path]) -> dict[str, Any]:
-    """A job that runs for minutes if nobody stops it."""
-    source = make_media("long.mp4", seconds=60, size="640x360", rate=30)
-    return {
-        "scenario": "whatever",
-        "parameters": {
-            "input": str(source),
-            "codec": "h265",
-            "preset": "placebo",
-            "resource_limits": {"max_cpu_percent": 20},
-        },
-    }
-
-
-def running(master: FakeMaster, job_id: str) -> str:
-    """Wait until the job's unit runs; its name."""
-    unit = f"ffmpeg-job-{job_id}.service"
-    until(lambda: sh("systemctl", "is-active", unit, check=False).strip() == "active")
-    return unit
-
-
-def test_a_stop_ends_the_jobs_and_reports_them_failed(
-    worker: Worker, master: FakeMaster, long_job: dict[str, Any]
-) -> None:
-    worker.start(master)
-    job = master.submit(long_job)
-    running(master, job["id"])
-
-    worker.stop()
-
-    [result] = master.results
-    assert result["job_id"] == job["id"]
-    assert result["status"] == "failed"
-    assert result["error"].startswith("platform_error: ")
-    assert "stop" in result["error"]
-    assert job_units() == []
-    assert worker.show("Result") == "success"
-
-
-def test_heartbeats_go_on_while_jobs_are_being_stopped(
-    worker: Worker, master: FakeMaster, long_job: dict[str, Any]
-) -> None:
-    worker.start(master)
-    job = master.submit(long_job)
-    running(master, job["id"])
-    master.fault("POST /results", "status", status=503, count=3)
-    before = len(master.seen("POST /nodes/*/heartbeat"))
-
-    worker.stop()
-
-    assert [result["status"] for result in master.results] == ["failed"]
-    assert len(master.seen("POST /nodes/*/heartbeat")) > before
-
-
-def test_a_killed_agent_starts_no_job_twice_and_answers_for_it(
-    worker: Worker, master: FakeMaster, long_job: dict[str, Any]
-) -> None:
-    worker.start(master)
-    job = master.submit(long_job)
-    running(master, job["id"])
-
-    os.kill(int(worker.show("MainPID")), signal.SIGKILL)
-
-    assert master.wait(job["id"], timeout=30)["status"] == "failed"
-    assert "restarted" in master.job(job["id"])["error"]
-    sh("journalctl", "--sync")
-    unit = f"ffmpeg-job-{job['id']}.service"
-    starts = sh("journalctl", "-o", "cat", "_PID=1", f"UNIT={unit}", "-g", "^Started")
-    assert len(starts.splitlines()) == 1
-    assert master.wait(master.submit(parameters())["id"])["status"] == "completed"
-
-
-def kill(worker: Worker) -> None:
-    os.kill(int(worker.show("MainPID")), signal.SIGKILL)
-
-
-def test_a_killed_agent_answers_for_its_jobs_under_a_new_node_id_too(
-    worker: Worker, master: FakeMaster, long_job: dict[str, Any]
-) -> None:
-    worker.start(master, POLL_INTERVAL="1h")
-    job = master.submit(long_job)
-    sh("systemctl", "restart", "ffmpeg-worker.service")  # it polls once, at its start
-    running(master, job["id"])
-    with master.store.changed:
-        [first] = master.store.nodes
-        master.store.nodes[first]["current_job_id"] = None
-    master.fault("GET /jobs", "status", count=1000)
-
-    kill(worker)
-
-    ended = master.wait(job["id"], timeout=30)
-    assert ended["status"] == "failed"
-    assert "restarted" in ended["error"]
-    assert list(master.store.nodes) != [first]
-    assert len(master.results) == 1
-    until(lambda: not list(WORK_DIR.glob("accepted/*")))
-
-
-def test_a_result_survives_the_death_of_the_agent(worker: Worker, master: FakeMaster) -> None:
-    """The job was done, so it is reported completed, once, and not run again."""
-    worker.start(master)
-    master.fault("POST /results", "status", status=503, count=1000)
-    job = master.submit(parameters())
-    master.wait_for_request("POST /results")
-
-    kill(worker)
-    master.clear_faults()
-
-    assert master.wait(job["id"], timeout=30)["status"] == "completed"
-    assert len(master.results) == 1
-    sh("journalctl", "--sync")
-    unit = f"ffmpeg-job-{job['id']}.service"
-    starts = sh("journalctl", "-o", "cat", "_PID=1", f"UNIT={unit}", "-g", "^Started")
-    assert len(starts.splitlines()) == 1
-    until(lambda: not list(WORK_DIR.glob("accepted/*")))
 
 
 def test_a_second_agent_keeps_its_hands_off(
@@ -150,7 +23,7 @@ def test_a_second_agent_keeps_its_hands_off(
 ) -> None:
     worker.start(master)
     job = master.submit(long_job)
-    unit = running(master, job["id"])
+    unit = running(job["id"])
     started = sh("systemctl", "show", "-p", "InvocationID", unit)
 
     def second(work_dir: Path) -> subprocess.Popen[str]:
@@ -174,7 +47,7 @@ def test_a_second_agent_keeps_its_hands_off(
     other.terminate()
     _, said = other.communicate(timeout=30 * SLOWNESS)
     assert other.returncode == 0
-    assert "not ours to touch" in said
+    assert "left alone" in said
     assert sh("systemctl", "show", "-p", "InvocationID", unit) == started
     assert master.results == []
     worker.stop()
@@ -186,7 +59,7 @@ def test_a_stop_is_never_cut_short_by_systemd(
 ) -> None:
     worker.start(master)
     job = master.submit(long_job)
-    running(master, job["id"])
+    running(job["id"])
     master.fault("*", "hang", count=10**6)
     begun = time.monotonic()
 
@@ -195,13 +68,10 @@ def test_a_stop_is_never_cut_short_by_systemd(
     assert time.monotonic() - begun < 45
     assert worker.show("Result") == "success"
     assert job_units() == []
-    assert len(list(WORK_DIR.glob("accepted/*"))) == 1
-
     master.clear_faults()
     sh("systemctl", "start", "ffmpeg-worker.service")
     assert master.wait(job["id"], timeout=30)["error"].startswith("platform_error: ")
     assert len(master.results) == 1
-    until(lambda: not list(WORK_DIR.glob("accepted/*")))
 
 
 def test_a_key_that_is_changed_later_is_told_and_not_hammered(worker: Worker) -> None:
@@ -280,21 +150,6 @@ def test_a_forgotten_node_registers_again(worker: Worker, master: FakeMaster) ->
     assert len(master.seen("POST /nodes/register")) >= 2
 
 
-def test_a_cancelled_job_is_not_reported_over(
-    worker: Worker, master: FakeMaster, long_job: dict[str, Any]
-) -> None:
-    worker.start(master)
-    job = master.submit(long_job)
-    running(master, job["id"])
-    with master.store.changed:
-        master.store.jobs[job["id"]]["status"] = "canceled"
-
-    worker.stop()
-
-    assert master.results == []
-    assert master.job(job["id"])["status"] == "canceled"
-
-
 def test_a_restart_of_the_bus_does_not_disturb_a_job(worker: Worker, master: FakeMaster) -> None:
     worker.start(master)
     job = master.submit(
@@ -303,7 +158,7 @@ def test_a_restart_of_the_bus_does_not_disturb_a_job(worker: Worker, master: Fak
             "parameters": {"duration": 8, "resource_limits": {"max_cpu_percent": 30}},
         }
     )
-    running(master, job["id"])
+    running(job["id"])
 
     sh("systemctl", "restart", "dbus.service")
     sh("systemctl", "daemon-reload")
@@ -370,7 +225,7 @@ def test_one_live_job_at_a_time_and_taken_last(
 ) -> None:
     worker.start(master, MAX_CONCURRENT_JOBS="3")
     live = master.submit(long_job | {"queue": "live"})
-    running(master, live["id"])
+    running(live["id"])
     other = master.submit(parameters())
     time.sleep(1)  # five poll intervals
     assert master.job(other["id"])["status"] in ("pending", "queued")

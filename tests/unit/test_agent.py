@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,17 +15,19 @@ import pytest
 
 from tests.fakes.master import FakeMaster
 from worker import agent as agent_module
-from worker.agent import Agent, Stopped, connect
+from worker.agent import Agent, connect
 from worker.config import resolve
 from worker.errors import BusGone, SystemdError, WorkerError
-from worker.leftovers import Acceptance, Records
+from worker.ledger import Entry, Ledger, State
 from worker.master.session import NodeSession
 from worker.master.wire import Job, JobResult
-from worker.node.disk import DiskUsage
+from worker.steering import Draining
 from worker.systemd import enforcement
 from worker.systemd.enforcement import Enforcement, Limit
 from worker.systemd.launcher import Launcher
+from worker.systemd.ownunit import StopReason
 from worker.telemetry.notify import Notifier
+from worker.upkeep import Upkeep
 
 
 class FakeBus:
@@ -58,6 +60,9 @@ class FakeLauncher:
 
     async def leftovers(self) -> list[str]:
         return []
+
+    async def stop_and_reap(self, _unit: str) -> None:
+        pass
 
     async def close(self) -> None:
         self.closed = True
@@ -93,16 +98,20 @@ def make(tmp_path: Path, launcher: FakeLauncher) -> Make:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def stopped(_bus: object) -> StopReason:
+        return StopReason.STOP
+
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(agent_module, "stop_reason", stopped)
 
 
 def answering(**fields: Any) -> NodeSession:
     return cast("NodeSession", SimpleNamespace(registered=True, last_error="", **fields))
 
 
-def test_reasons_not_to_be_ready(make: Make, launcher: FakeLauncher, tmp_path: Path) -> None:
+def test_reasons_not_to_be_ready(make: Make, launcher: FakeLauncher) -> None:
     agent = make()
-    (tmp_path / "jobs").mkdir()
+    agent._upkeep = cast("Upkeep", SimpleNamespace(unusable=list))
     assert agent.readiness() == ["the worker is starting"]
     session = answering()
     agent._session = session
@@ -116,62 +125,14 @@ def test_reasons_not_to_be_ready(make: Make, launcher: FakeLauncher, tmp_path: P
     session.registered = True
     launcher.connected = False
     assert agent.readiness() == ["no connection to systemd over D-Bus"]
-
-
-@pytest.mark.parametrize(("used", "full"), [(949, False), (950, True), (1000, True)])
-def test_a_full_disk_blocks(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: int, full: bool
-) -> None:
-    agent = make()
-    (tmp_path / "jobs").mkdir()
-    monkeypatch.setattr(
-        "worker.node.disk.usage", lambda path: DiskUsage(1000, used, 1000 - used)
-    )  # fmt: skip
-    assert ("full" in agent._blocked()) is full
-
-
-def test_a_work_directory_that_is_gone_or_read_only_blocks(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    agent = make(WORK_DIR=str(tmp_path / "gone"))
-    assert "No such file" in agent._blocked()
-    assert agent._disk_used() is None
-    agent = make()
-    (tmp_path / "jobs").mkdir()
-    assert agent._blocked() == ""
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert "not writable" in agent._blocked()
-
-
-async def test_the_start_ends_as_soon_as_it_is_told_to(make: Make) -> None:
-    agent = make()
-    ended = asyncio.Event()
-
-    async def for_ever() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.set()
-
-    asyncio.get_running_loop().call_soon(agent._signalled, signal.SIGTERM)
-    async with asyncio.timeout(5):
-        with pytest.raises(Stopped):
-            await agent._unless_stopped(for_ever())
-    assert ended.is_set(), "nothing goes on behind our back"
-
-
-async def test_a_part_of_the_start_gives_its_result_or_its_error(make: Make) -> None:
-    agent = make()
-
-    async def seven() -> int:
-        return 7
-
-    async def error() -> None:
-        raise SystemdError("no")
-
-    assert await agent._unless_stopped(seven()) == 7
-    with pytest.raises(SystemdError):
-        await agent._unless_stopped(error())
+    launcher.connected = True
+    agent._draining = cast("Draining", SimpleNamespace(on=True))
+    assert agent.readiness() == ["draining (`ffmpeg-worker undrain` ends it)"]
+    assert agent._blocked() == "draining"
+    agent._draining = None
+    agent._upkeep = cast("Upkeep", SimpleNamespace(unusable=lambda: ["the disk is full"]))
+    assert agent.readiness() == ["the disk is full"]
+    assert agent._blocked() == "the disk is full"
 
 
 async def test_a_bus_that_comes_late_is_waited_for(
@@ -204,7 +165,7 @@ async def test_told_to_stop_while_the_bus_is_away(make: Make, launcher: FakeLaun
 async def test_a_second_agent_with_the_same_work_directory_does_not_start(
     make: Make, tmp_path: Path, launcher: FakeLauncher
 ) -> None:
-    first = Records(tmp_path)
+    first = Ledger.open(tmp_path / "ledger.db")
     with pytest.raises(WorkerError, match="another worker uses"):
         await make().run()
     first.close()
@@ -235,6 +196,14 @@ async def test_told_to_stop_while_the_master_does_not_answer(
             await work
 
 
+def entries(work_dir: Path) -> list[Entry]:
+    ledger = Ledger.open(work_dir / "ledger.db")
+    try:
+        return ledger.recent(100)
+    finally:
+        ledger.close()
+
+
 @pytest.mark.parametrize("completed", [True, False])
 async def test_what_an_earlier_run_accepted_is_answered_for_once(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, completed: bool
@@ -243,13 +212,13 @@ async def test_what_an_earlier_run_accepted_is_answered_for_once(
     caplog.set_level(logging.INFO)
     with FakeMaster(max_retries=0) as master:
         job = master.submit({}, {"status": "processing", "node_id": "our-old-id"})
-        accepted = Job.model_validate(job)
-        records = Records(tmp_path)
-        records.accepted(accepted)
+        ledger = Ledger.open(tmp_path / "ledger.db")
+        entry = ledger.accept(Job.model_validate(job))
+        ledger.starting(entry.id, "main", "ffmpeg-job-x.service", {"boot_id": "an older one"})
         if completed:
             result = JobResult(job_id=job["id"], node_id="our-old-id", status="completed")
-            records.ended(accepted, result)
-        records.close()
+            ledger.finish(entry.id, result, {})
+        ledger.close()
         master.fault("GET /jobs", "status", count=100)
         agent = make(MASTER_URL=master.url)
         work = asyncio.create_task(agent.run())
@@ -259,11 +228,32 @@ async def test_what_an_earlier_run_accepted_is_answered_for_once(
             await work
         assert ended["status"] == ("completed" if completed else "failed")
         assert len(master.results) == 1
-        if not completed:
-            assert "restarted" in ended["error"]
-    records = Records(tmp_path)
-    assert records.left() == []
-    records.close()
+    assert [entry.state for entry in entries(tmp_path)] == [State.REAPED]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+async def test_what_was_accepted_and_not_begun_is_begun_if_it_is_still_ours(
+    make: Make, tmp_path: Path, ours: bool
+) -> None:
+    with FakeMaster(max_retries=0) as master:
+        node = "our-old-id" if ours else "another"
+        job = master.submit(
+            {"parameters": {"codec": "betamax"}}, {"status": "processing", "node_id": node}
+        )
+        ledger = Ledger.open(tmp_path / "ledger.db")
+        ledger.accept(Job.model_validate({**job, "node_id": "our-old-id"}))
+        ledger.close()
+        agent = make(MASTER_URL=master.url)
+        work = asyncio.create_task(agent.run())
+        await asyncio.to_thread(master.wait_for_request, "GET /jobs/next")
+        if ours:
+            await asyncio.to_thread(master.wait, job["id"])
+        agent._signalled(signal.SIGTERM)
+        async with asyncio.timeout(10):
+            await work
+        assert len(master.results) == ours
+    [entry] = entries(tmp_path)
+    assert (entry.state, entry.settled) == (State.REAPED, "delivered" if ours else "dropped")
 
 
 async def test_a_result_that_cannot_be_delivered_waits_for_the_next_run(
@@ -279,28 +269,29 @@ async def test_a_result_that_cannot_be_delivered_waits_for_the_next_run(
         agent._signalled(signal.SIGTERM)
         async with asyncio.timeout(10):
             await work
-    records = Records(tmp_path)
-    [entry] = records.left()
-    assert isinstance(entry, Acceptance)
+    [entry] = entries(tmp_path)
+    assert entry.state is State.FINISHED
     assert entry.result is not None
     assert entry.result.status == "failed"
-    records.close()
 
 
-async def test_what_is_attached_is_counted_also_after_systemd_was_away(
-    make: Make, launcher: FakeLauncher, monkeypatch: pytest.MonkeyPatch
+async def test_nothing_is_said_until_the_master_has_given_its_jobs_away(
+    make: Make, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(agent_module, "ATTACHMENTS_SECONDS", 0.0)
-    counted: list[frozenset[str]] = []
-    agent = make()
-    monkeypatch.setattr(agent._metrics, "set_attached", counted.append)
-    launcher.bus.attached = [["a.scope"], BusGone("gone"), ["a.scope", "b.scope"], []]
-    counting = asyncio.create_task(agent._count_attached())
-    async with asyncio.timeout(5):
-        while [] not in map(list, counted):
-            await asyncio.sleep(0)
-    counting.cancel()
-    assert counted[:3] == [{"a.scope"}, {"a.scope", "b.scope"}, frozenset()]
+    ledger = Ledger.open(tmp_path / "ledger.db")
+    ledger.put("silent since", str(time.time()))
+    ledger.close()
+    with FakeMaster() as master:
+        agent = make(MASTER_URL=master.url)
+        work = asyncio.create_task(agent.run())
+        async with asyncio.timeout(10):
+            while not agent._waiting:
+                await asyncio.sleep(0.01)
+        assert agent.readiness()[0].startswith("silent for ")
+        agent._signalled(signal.SIGTERM)
+        async with asyncio.timeout(10):
+            await work
+        assert master.seen("POST /nodes/register") == []
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ def test_defaults_are_the_guides() -> None:
     assert settings.poll_interval == 3
     assert settings.heartbeat_interval == 30
     assert settings.max_concurrent_jobs == 4
+    assert settings.job_check_interval == 5
+    assert (settings.stop_mode, settings.stop_grace) == ("handback", 30)
+    assert settings.history_days == 7
     assert settings.metrics_port == 9091
     assert settings.work_dir == Path("/var/lib/ffmpeg-worker")
     assert settings.generate_input
@@ -102,6 +105,13 @@ def test_all_wrong_values_are_reported_at_once_each_as_written(tmp_path: Path) -
         ("--poll-interval", "99ms", "from 100ms to 1h"),
         ("--poll-interval", "-3s", "from 100ms to 1h"),
         ("--heartbeat-interval", "90s", "without a heartbeat for 90s the master gives our jobs"),
+        ("--job-check-interval", "999ms", "from 1s to 5m"),
+        ("--job-check-interval", "301s", "from 1s to 5m"),
+        ("--stop-mode", "Drain", "must be handback, drain or leave"),
+        ("--stop-grace", "-1s", "from 0s to 1h"),
+        ("--stop-grace", "61m", "from 0s to 1h"),
+        ("--history-days", "0", "from 1 to 3650"),
+        ("--history-days", "7d", "from 1 to 3650"),
         ("--max-concurrent-jobs", "0", "from 1 to 1000, or auto"),
         ("--max-concurrent-jobs", "AUTO", "or auto"),
         ("--max-concurrent-jobs", "1_0", "from 1 to 1000"),
@@ -176,6 +186,20 @@ def test_credentials_in_the_master_url_are_refused_and_not_shown() -> None:
 def test_log_levels_in_any_case(text: str) -> None:
     level = one_flag("--log-level", text).settings.log_level
     assert level == {"warn": "warning"}.get(text.lower(), text.lower())
+
+
+def test_how_jobs_are_watched_stopped_and_remembered() -> None:
+    for mode in ("handback", "drain", "leave"):
+        assert one_flag("--stop-mode", mode).settings.stop_mode == mode
+    assert one_flag("--stop-grace", "0").settings.stop_grace == 0
+    assert one_flag("--stop-grace", "1h").settings.stop_grace == 3600
+    assert one_flag("--job-check-interval", "1s").settings.job_check_interval == 1
+    assert one_flag("--job-check-interval", "5m").settings.job_check_interval == 300
+    assert one_flag("--history-days", "3650").settings.history_days == 3650
+    environ = MASTER | {"STOP_MODE": "leave", "STOP_GRACE": "2m", "HISTORY_DAYS": "30"}
+    settings = resolve({}, environ | {"JOB_CHECK_INTERVAL": "10s"}).settings
+    assert (settings.stop_mode, settings.stop_grace) == ("leave", 120)
+    assert (settings.history_days, settings.job_check_interval) == (30, 10)
 
 
 @pytest.mark.parametrize(("cpus", "jobs"), [(1, 1), (2, 1), (4, 3), (8, 6), (10, 7)])

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from worker import workspace
+from worker.acceptance import StepRecords, boot_id
 from worker.config import Settings
-from worker.errors import JobError, Reason, SystemdError
+from worker.errors import JobError, LedgerError, Reason, SystemdError
 from worker.execution import Execution
 from worker.jobs.capabilities import TYPICAL
 from worker.jobs.outcome import Intent
@@ -24,6 +26,7 @@ from worker.node.disk import DiskUsage
 from worker.steps import Programs
 from worker.systemd.launch import Launch
 from worker.systemd.launcher import Launcher
+from worker.systemd.names import Step
 from worker.systemd.state import UnitState
 from worker.systemd.usage import Usage
 
@@ -135,12 +138,15 @@ class Theatre:
             "probe": Scene(stdout=json.dumps(ANSWER), log="", output=None),
         }
         self.launches: list[Launch] = []
+        self.units: dict[str, FakeUnit] = {}
+        self.adopted: list[str] = []
         self.loaded: set[str] = set()
         self.stopped: list[str] = []
         self.started = asyncio.Event()
         self.on_start: Callable[[str], None] = lambda step: None
         self.refusal: Exception | None = None
         self.reap_error: Exception | None = None
+        self.tracker = SimpleNamespace(unfinished=1)
 
     async def start(self, launch: Launch) -> FakeUnit:
         await asyncio.sleep(0)
@@ -150,9 +156,18 @@ class Theatre:
         self.launches.append(launch)
         self.loaded.add(launch.unit)
         scene.play(launch)
+        unit = self.units[launch.unit] = FakeUnit(self, launch, scene)
         self.on_start(step_of(launch))
         self.started.set()
-        return FakeUnit(self, launch, scene)
+        return unit
+
+    async def adopt(self, launch: Launch) -> FakeUnit | None:
+        """Takes the place of worker.systemd.adoption.adopt()."""
+        self.adopted.append(step_of(launch))
+        return self.units[launch.unit] if launch.unit in self.loaded else None
+
+    async def stop_and_reap(self, unit: str) -> None:
+        self.loaded.discard(unit)
 
     @property
     def steps(self) -> list[str]:
@@ -163,12 +178,19 @@ class Theatre:
 def theatre(monkeypatch: pytest.MonkeyPatch) -> Theatre:
     plenty = DiskUsage(total=2**50, used=0, available=2**50)
     monkeypatch.setattr(disk, "usage", lambda folder: plenty)
-    return Theatre()
+    theatre = Theatre()
+    monkeypatch.setattr("worker.steps.adopt", lambda _launcher, launch: theatre.adopt(launch))
+    return theatre
 
 
 @pytest.fixture
 def make(theatre: Theatre, tmp_path: Path) -> Callable[..., Execution]:
-    def make(parameters: Any = None, programs: Programs | None = None, **more: Any) -> Execution:
+    def make(
+        parameters: Any = None,
+        programs: Programs | None = None,
+        records: StepRecords | None = None,
+        **more: Any,
+    ) -> Execution:
         (tmp_path / "work").mkdir(exist_ok=True)
         job = Job(id="j", scenario="640x360p30-h264", parameters=parameters or {})
         return Execution(
@@ -178,6 +200,7 @@ def make(theatre: Theatre, tmp_path: Path) -> Callable[..., Execution]:
             capabilities=TYPICAL,
             programs=programs or Programs("/usr/bin/ffmpeg", "/usr/bin/ffprobe"),
             settings=Settings(work_dir=tmp_path / "work", node_name="node", **more),
+            records=records,
         )
 
     return make
@@ -186,6 +209,8 @@ def make(theatre: Theatre, tmp_path: Path) -> Callable[..., Execution]:
 async def finish(execution: Execution, theatre: Theatre) -> JobResult:
     """Run it; whatever became of it, no unit is left, and the folder stays until close()."""
     result = await asyncio.wait_for(execution.run(), 10)
+    assert result is not None
+    await asyncio.wait_for(execution.release(), 10)
     assert theatre.loaded == set()
     folder = execution._settings.work_dir / "jobs/j"
     assert list(folder.glob("*")) == []
@@ -377,24 +402,6 @@ async def test_a_stop_that_comes_too_late_changes_nothing(
     assert (tmp_path / "out.mp4").exists()
 
 
-async def test_cancelling_the_task_leaves_no_unit(
-    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path
-) -> None:
-    theatre.scenes["main"].waits = True
-    execution = make()
-    running = asyncio.create_task(execution.run())
-    while "main" not in theatre.steps:
-        theatre.started.clear()
-        await theatre.started.wait()
-    await asyncio.sleep(0)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-    assert theatre.loaded == set()
-    assert list((tmp_path / "work/jobs/j").iterdir()) == []
-    execution.close()
-
-
 async def test_disk_space_that_cannot_be_seen(
     make: Callable[..., Execution], theatre: Theatre, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,6 +410,7 @@ async def test_disk_space_that_cannot_be_seen(
 
     monkeypatch.setattr(disk, "usage", fail)
     result = await asyncio.wait_for(make().run(), 10)
+    assert result is not None
     assert result.error is not None
     assert result.error.startswith("platform_error: cannot see how much disk space")
     assert "Input/output error" in result.error
@@ -413,6 +421,7 @@ async def test_a_disk_limit_that_does_not_fit(
 ) -> None:
     monkeypatch.setattr(disk, "usage", lambda folder: DiskUsage(10 * 2**20, 0, 10 * 2**20))
     result = await asyncio.wait_for(make({"resource_limits": {"max_disk_mb": 11}}).run(), 10)
+    assert result is not None
     assert result.error is not None
     assert result.error.startswith("resource_error: the job may need 11 MB of disk, but only 10 MB")
 
@@ -540,6 +549,7 @@ async def test_a_stream_without_a_master_needs_a_url(
     make: Callable[..., Execution], theatre: Theatre
 ) -> None:
     result = await asyncio.wait_for(make(STREAM).run(), 10)
+    assert result is not None
     assert result.error is not None
     assert result.error.startswith("user_error: parameters.rtmp_url: must be given")
     assert theatre.steps == []
@@ -566,3 +576,157 @@ async def test_progress_is_told_and_logged(
     await running
     assert told[0] == "transcoding: frame 300, 150 fps, speed 5.00x, 100 %"
     execution.close()
+
+
+class Notes:
+    """What outlives an agent; ``die_at`` names the step at whose note it dies."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, dict[str, Any]] = {}
+        self.die_at = ""
+        self.full = False
+
+    def recorded(self, step: Step) -> Mapping[str, Any] | None:
+        return self.steps.get(step.value)
+
+    async def starting(self, step: Step, unit: str, facts: Mapping[str, Any]) -> None:
+        if self.full:
+            raise LedgerError("the ledger is full")
+        self.steps[step.value] = {"boot_id": boot_id(), **facts}
+        if step.value == self.die_at:
+            raise Died
+
+
+class Died(BaseException):
+    """The agent was killed: nothing of it runs any more."""
+
+
+async def die(execution: Execution) -> None:
+    """Run up to the death; the lock of the folder goes with the process."""
+    with pytest.raises(Died):
+        await execution.run()
+    assert execution._workspace is not None
+    execution._workspace.let_go()
+
+
+@pytest.mark.parametrize("step", ["input", "main", "probe"])
+async def test_a_job_that_was_left_is_taken_up_where_it_is(
+    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path, step: str
+) -> None:
+    notes, target = Notes(), tmp_path / "out.mp4"
+    theatre.scenes[step].waits = True
+    first = make({"output": str(target)}, records=notes)
+    running = asyncio.create_task(first.run())
+    while step not in theatre.steps:
+        theatre.started.clear()
+        await theatre.started.wait()
+    first.leave()
+    assert await asyncio.wait_for(running, 10) is None
+    assert f"ffmpeg-job-j{BACKSTAGE.get(step, '.service')}" in theatre.loaded
+    assert theatre.stopped == []
+
+    theatre.scenes[step].waits = False
+    for unit in theatre.units.values():
+        unit._ended.set()
+    result = await finish(make({"output": str(target)}, records=notes), theatre)
+    assert (result.status, result.error) == ("completed", None)
+    assert target.read_text() == "7 bytes"
+    for once in ("input", "main"):
+        assert theatre.steps.count(once) == 1
+    assert result.metrics["input_generation_duration_sec"] == 2.0
+    assert result.metrics["input_file_bytes"] == len("test input")
+
+
+async def test_what_was_never_started_is_started_once(
+    make: Callable[..., Execution], theatre: Theatre
+) -> None:
+    notes = Notes()
+    notes.die_at = "main"
+    await die(make(records=notes))
+    assert theatre.steps == ["input"]
+    notes.die_at = ""
+    result = await finish(make(records=notes), theatre)
+    assert result.status == "completed"
+    assert theatre.steps == ["input", "main", "probe"]
+
+
+async def test_what_is_gone_is_never_started_again(
+    make: Callable[..., Execution], theatre: Theatre
+) -> None:
+    notes = Notes()
+    theatre.on_start = _die_at("main")
+    await die(make(records=notes))
+    theatre.on_start = lambda step: None
+    theatre.loaded.clear()
+    result = await finish(make(records=notes), theatre)
+    assert theatre.steps == ["input", "main"]
+    assert result.error is not None
+    assert result.error.startswith("platform_error: ffmpeg-job-j.service was started before")
+
+
+async def test_after_a_reboot_nothing_is_started_again(
+    make: Callable[..., Execution], theatre: Theatre
+) -> None:
+    notes = Notes()
+    notes.die_at = "main"
+    await die(make(records=notes))
+    notes.steps["main"]["boot_id"] = "another"
+    result = await finish(make(records=notes), theatre)
+    assert theatre.steps == ["input"]
+    assert result.error is not None
+    assert "the machine was restarted" in result.error
+
+
+async def test_what_is_published_is_not_published_again(
+    make: Callable[..., Execution],
+    theatre: Theatre,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notes, target = Notes(), tmp_path / "out.mp4"
+    publish = workspace.publish
+
+    def die_after(staged: Path, target: Path, *, copy: bool = False) -> int:
+        publish(staged, target, copy=copy)
+        raise Died
+
+    monkeypatch.setattr(workspace, "publish", die_after)
+    await die(make({"output": str(target)}, records=notes))
+    monkeypatch.setattr(workspace, "publish", publish)
+    result = await finish(make({"output": str(target)}, records=notes), theatre)
+    assert (result.status, result.error) == ("completed", None)
+    assert target.read_text() == "7 bytes"
+    assert result.metrics["output_file_bytes"] == 7
+    assert theatre.steps == ["input", "main", "probe", "probe"]
+    assert theatre.launches[-1].argv[-1].endswith(str(target))
+
+
+async def test_a_unit_is_judged_by_the_limits_it_was_started_with(
+    make: Callable[..., Execution], theatre: Theatre
+) -> None:
+    notes = Notes()
+    theatre.on_start = _die_at("main")
+    theatre.scenes["main"] = Scene(replace(KILLED, result="oom-kill"), output=None)
+    await die(make({"resource_limits": {"max_memory_mb": 64}}, records=notes))
+    theatre.on_start = lambda step: None
+    result = await finish(make({"resource_limits": {"max_memory_mb": 999}}, records=notes), theatre)
+    assert result.error is not None
+    assert "memory limit of 64 MB exceeded" in result.error
+
+
+async def test_nothing_starts_that_cannot_be_put_on_record(
+    make: Callable[..., Execution], theatre: Theatre
+) -> None:
+    notes = Notes()
+    notes.full = True
+    result = await finish(make(records=notes), theatre)
+    assert result.error == "platform_error: the ledger is full"
+    assert theatre.launches == []
+
+
+def _die_at(step: str) -> Callable[[str], None]:
+    def look(started: str) -> None:
+        if started == step:
+            raise Died
+
+    return look

@@ -134,6 +134,17 @@ async def test_ours_is_the_node_id_under_which_it_was_accepted(bench: Bench) -> 
     assert isinstance(outcome, Delivered)
 
 
+@pytest.mark.parametrize("there", ["us", "them"])
+async def test_ours_is_the_node_id_of_the_result_where_the_job_has_none(
+    bench: Bench, there: str
+) -> None:
+    result = bench.result().model_copy(update={"node_id": "us"})
+    bench.set(node_id=there)
+    job = bench.job.model_copy(update={"node_id": ""})
+    outcome = await Delivery(bench.client, job, result).attempt()
+    assert isinstance(outcome, Delivered if there == "us" else Dropped)
+
+
 async def test_a_job_the_master_does_not_know(bench: Bench) -> None:
     with bench.master.store.changed:
         bench.master.store.jobs.clear()
@@ -447,4 +458,54 @@ async def test_a_failed_report_that_may_have_landed_is_not_repeated_without_a_lo
         bench.client, bench.job, bench.result("failed"), maybe_landed=True, sleep=Waits()
     )
     assert isinstance(outcome, Dropped)
+    assert bench.posts == 0
+
+
+# Reports that are days old
+
+
+async def test_another_job_that_has_the_id_now_is_left_alone(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.set(created_at="2031-01-01T00:00:00Z")
+    for maybe_landed in (False, True):
+        outcome = await bench.delivery("failed", maybe_landed=maybe_landed).attempt()
+        assert isinstance(outcome, Dropped)
+        assert "another job, made at 2031-01-01" in outcome.why
+    assert "another job" in caplog.text
+    assert bench.posts == 0
+
+
+@pytest.mark.parametrize("reported", ["completed", "failed"])
+@pytest.mark.parametrize("maybe_landed", [False, True])
+@pytest.mark.parametrize("retry", [1, 2])
+async def test_a_master_restored_from_a_backup_that_waits_for_us(
+    bench: Bench, reported: str, maybe_landed: bool, retry: int
+) -> None:
+    """It has the job with us, in this retry or an earlier one: the result ends it."""
+    bench.job = bench.job.model_copy(update={"retry_count": 2})
+    bench.set(retry_count=retry)
+    outcome = await bench.delivery(reported, maybe_landed=maybe_landed).attempt()
+    assert isinstance(outcome, Delivered)
+    assert outcome.answer is not None
+    assert bench.posts == 1
+
+
+@pytest.mark.parametrize("reported", ["completed", "failed"])
+@pytest.mark.parametrize("maybe_landed", [False, True])
+async def test_a_master_restored_from_a_backup_older_than_our_turn(
+    bench: Bench, reported: str, maybe_landed: bool
+) -> None:
+    """The job waits there, and runs again: its old result must not come in between."""
+    bench.job = bench.job.model_copy(update={"retry_count": 2})
+    bench.set(status="pending", node_id="", retry_count=1)
+    outcome = await bench.delivery(reported, maybe_landed=maybe_landed).attempt()
+    assert isinstance(outcome, Dropped)
+    assert bench.posts == 0
+
+
+async def test_a_failed_report_that_arrived_days_ago_is_not_sent_again(bench: Bench) -> None:
+    """It was queued again, and we were given it again."""
+    bench.set(retry_count=1)
+    assert await bench.delivery("failed", maybe_landed=True).attempt() == Delivered(None)
     assert bench.posts == 0

@@ -147,7 +147,7 @@ def test_service_sees_the_files_of_its_jobs() -> None:
     writable = " ".join(unit["Service.ReadWritePaths"]).split()
     assert writable == [
         *("/var/lib/ffmpeg-worker", "/var/log/ffmpeg-worker", "/tmp"),
-        "-/run/systemd/units",
+        *("-/run/systemd/units", "-/run/systemd/transient"),
     ]
     log_file = only(unit, "Service.Environment").removeprefix("LOG_FILE=")
     assert Path(log_file).parent == Path("/var/log/ffmpeg-worker")

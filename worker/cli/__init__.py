@@ -101,6 +101,14 @@ def _dispatch(arguments: Arguments, resolved: Resolved) -> int:
         from worker.cli.attach import detach
 
         return detach(settings, arguments.pid)
+    if arguments.command == "drain":
+        from worker.cli.drain import drain
+
+        return drain(settings, wait=arguments.wait, timeout=arguments.timeout)
+    if arguments.command == "undrain":
+        from worker.cli.drain import undrain
+
+        return undrain(settings)
     from worker.cli.agent import run as run_agent
 
     return run_agent(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 
 from worker.agent import Agent
 from worker.config import Settings
@@ -15,5 +16,6 @@ def run(settings: Settings) -> int:
     async def work() -> None:
         await Agent(settings, Notifier()).run()
 
+    faulthandler.enable()  # where it hung goes to the journal when the watchdog ends it
     asyncio.run(work())
     return 0

@@ -17,16 +17,16 @@ from worker.config import KEYS
 from worker.config.keys import BOOLEAN_WORDS
 from worker.errors import ConfigError
 
-COMMANDS = ("run", "check", "attach", "detach")
+COMMANDS = ("run", "check", "attach", "detach", "drain", "undrain")
 _BOOLEANS = frozenset(key.flag for key in KEYS if key.boolean)
 _LIMITS = {
     "--cpu-percent": ("N", "CPU, 100 is one core"),
     "--memory-mb": ("N", "memory that is allocated from now on"),
     "--timeout": ("S", "seconds from now: then the processes are ENDED (SIGTERM, then SIGKILL)"),
 }
-"""Flags of attach alone."""
+"""Flags of attach; the last one is of drain --wait as well."""
 _VALUED = frozenset(key.flag for key in KEYS if not key.boolean) | {"--config", *_LIMITS}
-_PLAIN = frozenset({"--help", "--version"})
+_PLAIN = frozenset({"--help", "--version", "--wait"})
 _GROUPS = {
     "master": "the master",
     "node": "this node",
@@ -38,7 +38,9 @@ _USAGE = """ffmpeg-worker [flags]                      take jobs from a master
        ffmpeg-worker run [flags] JOB.json | -    run one job, without a master
        ffmpeg-worker check [flags]               show the configuration in force
        ffmpeg-worker attach [flags] PID          limit a running process and its children
-       ffmpeg-worker detach [flags] PID          lift these limits, the process goes on"""
+       ffmpeg-worker detach [flags] PID          lift these limits, the process goes on
+       ffmpeg-worker drain [--wait] [flags]      have the running worker take no new jobs
+       ffmpeg-worker undrain [flags]             have it take jobs again"""
 _EPILOG = """\
 Each flag but --user, --config and the accepted ones has an environment variable (in [brackets]),
 which may also stand in the --config FILE (KEY=value lines, as in systemd's EnvironmentFile=).
@@ -58,6 +60,10 @@ class Arguments:
     """Of ``attach`` and ``detach``, as written."""
     limits: dict[str, str] = field(default_factory=dict)
     """The flags of ``attach`` alone, as written."""
+    wait: bool = False
+    """Of ``drain``."""
+    timeout: str = ""
+    """Of ``drain`` with ``wait``, as written."""
     answer: str = ""
     """What ``--help`` or ``--version`` asked for; then nothing is to be run."""
 
@@ -82,11 +88,17 @@ def parse(argv: Sequence[str]) -> Arguments:
         return Arguments(answer=f"ffmpeg-worker {__version__}")
     config_file = given.pop("--config")
     limits = {flag: text for flag in _LIMITS if (text := given.pop(flag))}
+    wait = bool(given.pop("--wait"))
     values = {flag: text for flag, text in given.items() if text}
 
     command, rest = (words[0], words[1:]) if words else ("", [])
     if command not in ("", *COMMANDS):
         parser.error(f"there is a word that is neither flag nor command ({', '.join(COMMANDS)})")
+    if wait and command != "drain":
+        parser.error("--wait: only for drain")
+    timeout = limits.pop("--timeout", "") if command == "drain" else ""
+    if timeout and not wait:
+        parser.error("--timeout: drain takes it together with --wait")
     if limits and command != "attach":
         parser.error(f"{', '.join(limits)}: only for attach")
     if command in ("attach", "detach"):
@@ -99,7 +111,9 @@ def parse(argv: Sequence[str]) -> Arguments:
             if command == "run"
             else f"{command} takes flags only"
         )
-    return Arguments(command, values, config_file, "".join(rest))
+    return Arguments(
+        command, values, config_file, job_file="".join(rest), wait=wait, timeout=timeout
+    )
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -151,6 +165,14 @@ def _parser() -> argparse.ArgumentParser:
     section = parser.add_argument_group("limits, for attach: one or more of them")
     for flag, (metavar, text) in _LIMITS.items():
         section.add_argument(flag, dest=flag, default="", metavar=metavar, help=text)
+    section = parser.add_argument_group("drain")
+    section.add_argument(
+        "--wait",
+        dest="--wait",
+        action="store_true",
+        help="until no job runs and every result is delivered; with --timeout S: for S seconds, "
+        "then fail",
+    )
     for group, title in _GROUPS.items():
         section = parser.add_argument_group(title)
         for key in KEYS:

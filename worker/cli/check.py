@@ -10,7 +10,7 @@ from worker.config import KEYS, Resolved
 from worker.config.durations import format_duration
 from worker.printable import escape
 
-_DURATIONS = frozenset({"poll_interval", "heartbeat_interval"})
+_DURATIONS = frozenset(key.field for key in KEYS if key.metavar == "DURATION")
 
 
 def run(resolved: Resolved) -> int:

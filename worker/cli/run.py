@@ -86,8 +86,10 @@ async def _run(settings: Settings, job: Job) -> int:
             loop.add_signal_handler(number, execution.stop, Intent.CANCELLED)
         try:
             result = await execution.run()
+            assert result is not None  # nobody told it to leave the job to another
         finally:
             progress.clear()
+            await execution.release()
             execution.close()
     finally:
         await launcher.close()

@@ -61,6 +61,17 @@ def duration(low: float, high: float, why: str = "") -> Callable[[str], float]:
     return parse
 
 
+def one_of(*words: str) -> Callable[[str], str]:
+    accepted = f"must be {', '.join(words[:-1])} or {words[-1]}"
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(accepted)
+        return text
+
+    return parse
+
+
 def parse_jobs(text: str) -> int:
     """``auto`` is three quarters of the CPUs that jobs may use."""
     if text == "auto":
@@ -244,6 +255,34 @@ KEYS: tuple[Key, ...] = (
         "node",
         "time between heartbeats (30s)",
         metavar="DURATION",
+    ),
+    _key(
+        "job_check_interval",
+        duration(1, 300),
+        "node",
+        "how often the master is asked about a running job (5s)",
+        metavar="DURATION",
+    ),
+    _key(
+        "stop_mode",
+        one_of("handback", "drain", "leave"),
+        "node",
+        "jobs at a stop: end and give back, let finish, or leave running (handback)",
+        metavar="MODE",
+    ),
+    _key(
+        "stop_grace",
+        duration(0, 3600),
+        "node",
+        "how long a stop waits for running jobs (30s)",
+        metavar="DURATION",
+    ),
+    _key(
+        "history_days",
+        integer(1, 3650),
+        "node",
+        "how long jobs that are done are remembered (7)",
+        metavar="N",
     ),
     _key(
         "work_dir",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
@@ -32,6 +33,14 @@ class Settings(BaseModel):
     """Seconds between two polls that found no job."""
     heartbeat_interval: float = 30.0
     """Seconds."""
+    job_check_interval: float = 5.0
+    """Seconds between two questions to the master about the same running job."""
+    stop_mode: Literal["handback", "drain", "leave"] = "handback"
+    """What becomes of running jobs when the service is stopped."""
+    stop_grace: float = 30.0
+    """Seconds that a stop waits for running jobs."""
+    history_days: int = 7
+    """How long jobs that are done are remembered."""
 
     default_cpu_percent: int = 200
     """100 is one core."""

@@ -21,7 +21,12 @@ class Intent(StrEnum):
 
     NONE = "none"
     CANCELLED = "cancelled"
+    GONE = "gone"
+    """The job is no longer this node's."""
     SHUTDOWN = "shutdown"
+    """The worker is being stopped."""
+    POWEROFF = "poweroff"
+    """The machine is being stopped, and every unit with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,12 @@ def stopped(intent: Intent) -> Outcome:
     """The job was ended by ourselves."""
     if intent is Intent.CANCELLED:
         return Outcome.failed(Reason.PLATFORM_ERROR, "the job was cancelled")
+    if intent is Intent.GONE:
+        return Outcome.failed(Reason.PLATFORM_ERROR, "the job is no longer this node's")
+    if intent is Intent.POWEROFF:
+        return Outcome.failed(
+            Reason.PLATFORM_ERROR, "the machine was shut down before the job was done; run it again"
+        )
     return Outcome.failed(
         Reason.PLATFORM_ERROR, "the worker was stopped before the job was done; run it again"
     )

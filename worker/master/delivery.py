@@ -8,6 +8,12 @@ report costs a run, even of a job that was completed since.
 So every post is preceded by a look at the job, and a report that may have arrived already
 (the answer was lost, or an error) is judged by what became of the job: if it moved on as the
 report would have moved it, the report has arrived.
+
+A report can be days old, and the master may have been restored from a backup meanwhile. Then
+what it has is what counts. A job that it takes for running here is reported, in an earlier
+retry too. One that waits there is left to wait, although it would take our ``completed``: it
+may be given out between the look and the post, and the report would then free that node while
+it works. And a job that was made at another time is another job, whatever its id.
 """
 
 from __future__ import annotations
@@ -28,15 +34,10 @@ from worker.errors import (
 from worker.master.answers import quotable
 from worker.master.client import NO_SUCH_ROUTE, MasterClient
 from worker.master.retry import Backoff, Throttle
+from worker.master.standing import Standing, standing, whereabouts
 from worker.master.wire import Job, JobResult, ResultAnswer
 
 logger = logging.getLogger(__name__)
-
-# What a job can be called when nobody runs it (any more). A state of another name is taken
-# for a running one if the job is still ours: masters may name more of them than we know.
-_WAITING = frozenset({"pending", "queued", "retrying"})
-_CANCELED = frozenset({"canceled", "cancelled"})
-_ENDED = frozenset({"completed", "failed", "timed_out", "timeout", "rejected"}) | _CANCELED
 
 _LOOKS = 5
 """A look-up that the master refuses so often does not work there, and reporting may."""
@@ -123,31 +124,25 @@ class Delivery:
             if error.status not in NO_SUCH_ROUTE and self._refused_looks <= _LOOKS:
                 raise
             return self._blind()
-        moved = self._moved_on(there)
-        if moved is None:
+        found = standing(there, self._job, {*self._node_ids, self._owner})
+        if found not in (Standing.OURS, Standing.PAUSED):
+            moved = whereabouts(there, found)
+        elif there.retry_count > self._job.retry_count:
+            moved = f"in retry {there.retry_count}, and this was {self._job.retry_count}"
+        else:
             return None
-        if self.maybe_landed and self._explains(there):
+        if self.maybe_landed and self._explains(there, found):
             logger.info("job %s: the report had arrived: it is %s", self._name, moved)
             return Delivered(None)
         return self._dropped(f"the job is no longer ours: it is {moved}", logging.WARNING)
 
-    def _moved_on(self, there: Job) -> str | None:
-        """How the job is no longer the one that was accepted, None if it still is."""
-        if there.status in _WAITING | _ENDED:
-            return quotable(there.status)
-        owners = {self._owner, *self._node_ids}
-        if there.node_id and self._owner and there.node_id not in owners:
-            return f"with node {quotable(there.node_id)}"
-        if there.retry_count > self._job.retry_count:
-            return f"in retry {there.retry_count}, and this was {self._job.retry_count}"
-        return None
-
-    def _explains(self, there: Job) -> bool:
+    def _explains(self, there: Job, found: Standing) -> bool:
         """Whether the arrival of this report explains how the job moved on."""
-        if there.status in _CANCELED:
+        if found in (Standing.CANCELED, Standing.ANOTHER):
             return False
         if self._result.status == "failed":
-            return there.status != "completed"
+            # In an earlier retry than ours the master cannot have heard of it.
+            return there.status != "completed" and there.retry_count >= self._job.retry_count
         return there.status == self._result.status
 
     def _blind(self) -> Dropped | None:

@@ -54,6 +54,7 @@ class Job(BaseModel):
     status: Text = ""
     node_id: Text = ""
     retry_count: Annotated[int, BeforeValidator(lambda v: _count(v) or 0)] = 0
+    max_retries: Count = None
     created_at: Time = None
     started_at: Time = None
 

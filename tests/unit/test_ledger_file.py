@@ -1,0 +1,314 @@
+"""The ledger's file when things go wrong: damage, other versions, a sudden end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from worker.errors import LedgerError
+from worker.ledger import Entry, Ledger, State, schema
+from worker.master.wire import Job, JobResult
+
+JOB = Job.model_validate({"id": "job-1", "parameters": {"text": "x" * 1000}})
+RESULT = JobResult(job_id="job-1", node_id="n", status="completed", logs="x" * 4000)
+
+LIFE: tuple[Callable[[Ledger], object], ...] = (
+    lambda ledger: ledger.accept(JOB),
+    lambda ledger: ledger.starting(1, "input", "job-1-input.service", {}),
+    lambda ledger: ledger.starting(1, "main", "job-1.service", {"width": 1920}),
+    lambda ledger: ledger.reissue(1, JOB.model_copy(update={"retry_count": 1})),
+    lambda ledger: ledger.finish(1, RESULT, {"cpu": 1}),
+    lambda ledger: ledger.settle(1, "delivered"),
+    lambda ledger: ledger.reap(1),
+    lambda ledger: ledger.put("draining", "1"),
+    lambda ledger: ledger.prune(0, 0),
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def ledger(path: Path) -> Iterator[Ledger]:
+    ledger = Ledger.open(path, clock=lambda: 1000.0)
+    yield ledger
+    ledger.close()
+
+
+def log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def content(ledger: Ledger) -> tuple[list[Entry], str | None]:
+    return ledger.recent(100), ledger.get("draining")
+
+
+def copy(path: Path, folder: Path, log_bytes: int | None = None) -> Path:
+    """The ledger as it lies on the disk now, with that much of its log."""
+    folder.mkdir()
+    shutil.copy(path, folder)
+    if log_of(path).exists():
+        (folder / log_of(path).name).write_bytes(log_of(path).read_bytes()[:log_bytes])
+    return folder / path.name
+
+
+def read(path: Path) -> tuple[list[Entry], str | None]:
+    ledger = Ledger.open(path)
+    try:
+        return content(ledger)
+    finally:
+        ledger.close()
+
+
+def test_every_step_is_on_the_disk_when_it_returns(
+    ledger: Ledger, path: Path, tmp_path: Path
+) -> None:
+    for number, step in enumerate(LIFE):
+        step(ledger)
+        assert read(copy(path, tmp_path / str(number))) == content(ledger)
+
+
+@pytest.mark.parametrize(
+    ("pragma", "value"),
+    [("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("page_size", 1024)],
+)
+def test_how_sqlite_is_set(ledger: Ledger, pragma: str, value: object) -> None:
+    """``synchronous`` 2 is FULL: each commit is forced onto the disk."""
+    [[found]] = ledger._file._db.execute(f"PRAGMA {pragma}")
+    assert found == value
+
+
+def test_a_log_that_was_cut_gives_an_earlier_state(
+    ledger: Ledger, path: Path, tmp_path: Path
+) -> None:
+    """SQLite takes the log as far as it is whole: never a part of a step, nothing out of order."""
+    states = [content(ledger)]
+    for step in LIFE:
+        step(ledger)
+        states.append(content(ledger))
+    size = log_of(path).stat().st_size
+    reached = 0
+    for cut in [*range(0, size, 397), size]:
+        found = read(copy(path, tmp_path / str(cut), cut))
+        assert found in states[reached:], cut
+        reached = states.index(found, reached)
+    assert reached == len(states) - 1
+
+
+def test_a_process_that_is_killed_loses_nothing_that_it_was_told_is_written(path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from worker.ledger import Ledger\n"
+        "from worker.master.wire import Job\n"
+        "ledger = Ledger.open(Path(sys.argv[1]))\n"
+        "for n in range(10**6):\n"
+        "    i = ledger.accept(Job(id=f'job-{sys.argv[2]}-{n}')).id; print(n, 'a', flush=True)\n"
+        "    ledger.starting(i, 'main', 'u', {}); print(n, 's', flush=True)\n"
+    )
+    for turn in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(path), str(turn)], stdout=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None
+            told = [next(child.stdout) for _ in range(random.randint(1, 60))]
+            child.kill()
+            told += [line for line in child.stdout if line.endswith("\n")]
+        ledger = Ledger.open(path)
+        mine = [e for e in ledger.unreaped() if e.job.id.startswith(f"job-{turn}-")]
+        ledger.close()
+        written = sum(1 if entry.state is State.ACCEPTED else 2 for entry in mine)
+        assert len(told) <= written <= len(told) + 1
+
+
+def test_sudden_changes_of_the_file_are_refused_or_harmless(path: Path, tmp_path: Path) -> None:
+    ledger = Ledger.open(path)
+    for step in LIFE[:5]:
+        step(ledger)
+    ledger.close()
+    dice = random.Random(1)
+    data = path.read_bytes()
+    refused = 0
+    for offset in range(0, len(data), 331):
+        broken = bytearray(data)
+        broken[offset : offset + 16] = dice.randbytes(16)
+        target = tmp_path / str(offset) / "ledger.db"
+        target.parent.mkdir()
+        target.write_bytes(broken)
+        try:
+            read(target)
+        except LedgerError:
+            refused += 1
+            assert target.read_bytes() == broken
+    assert refused >= 5
+
+
+def ways_to_damage() -> dict[str, Callable[[Path], object]]:
+    def other(path: Path) -> None:
+        path.unlink()
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE theirs (x)")
+
+    def link(path: Path) -> None:
+        path.symlink_to(path.rename(path.with_name("elsewhere")))
+
+    def socket(path: Path) -> None:
+        path.unlink()
+        os.mkfifo(path)
+
+    def sql(statement: str) -> Callable[[Path], None]:
+        def change(path: Path) -> None:
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+                db.execute(statement)
+
+        return change
+
+    def free_pages(path: Path) -> None:
+        """Pages in the list of free ones that are not there (sqlite.org/fileformat.html)."""
+        with path.open("r+b") as file:
+            file.seek(36)
+            file.write((7).to_bytes(4, "big"))
+
+    return {
+        "is damaged: .*freelist": free_pages,
+        "is damaged: the file is empty": lambda path: path.write_bytes(b""),
+        "is damaged: file is not a database": lambda path: path.write_bytes(os.urandom(5000)),
+        "is damaged": lambda path: os.truncate(path, 3000),
+        "is damaged: it is a database of another program": other,
+        "is damaged: it is not a regular file": socket,
+        "Too many levels of symbolic links": link,
+        "Is a directory": lambda path: (path.unlink(), path.mkdir()),
+        "is damaged: entry 1 cannot be read": sql("UPDATE entry SET job = '{'"),
+        "is damaged: entry 1 cannot": sql("UPDATE outcome SET result = '[]'"),
+        "is damaged: parts of it": sql("DELETE FROM entry"),
+    }
+
+
+@pytest.mark.parametrize("what", [*ways_to_damage()])
+def test_what_is_no_sound_ledger_is_refused_and_left_as_it_is(path: Path, what: str) -> None:
+    ledger = Ledger.open(path)
+    for step in LIFE[:5]:
+        step(ledger)
+    ledger.close()
+    ways_to_damage()[what](path)
+    before = path.lstat()
+    for _ in range(2):  # the lock is let go of
+        with pytest.raises(LedgerError, match=what) as raised:
+            Ledger.open(path)
+    assert str(path) in str(raised.value)
+    assert path.lstat().st_ino == before.st_ino
+    assert path.lstat().st_size == before.st_size
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_log_without_its_file_is_not_thrown_away(
+    ledger: Ledger, path: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    """SQLite would delete it, and begin anew."""
+    ledger.accept(JOB)
+    left = copy(path, tmp_path / "left")
+    damage(left)
+    with pytest.raises(LedgerError, match="is damaged: the file is"):
+        Ledger.open(left)
+    assert log_of(left).read_bytes() == log_of(path).read_bytes()
+
+
+def test_a_ledger_that_was_not_made_to_its_end_is_made_anew(path: Path) -> None:
+    new = path.with_name("ledger.db.new")
+    new.write_bytes(os.urandom(3000))
+    new.with_name("ledger.db.new-journal").write_bytes(os.urandom(3000))
+    Ledger.open(path).close()
+    assert [file.name for file in path.parent.iterdir()] == ["ledger.db"]
+
+
+SECOND = "ALTER TABLE entry ADD COLUMN note TEXT NOT NULL DEFAULT 'none'"
+THIRD = "UPDATE entry SET note = name; CREATE TABLE more (x)"
+
+
+def columns(path: Path, query: str) -> list[tuple[object, ...]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(query).fetchall()
+
+
+def test_an_older_ledger_is_brought_up_to_date_step_by_step(path: Path) -> None:
+    ledger = Ledger.open(path)
+    ledger.accept(JOB)
+    before = content(ledger)
+    ledger.close()
+    ledger = Ledger.open(path, migrations=(*schema.MIGRATIONS, SECOND, THIRD))
+    assert content(ledger) == before
+    ledger.close()
+    assert columns(path, "SELECT note FROM entry") == [("job-1",)]
+    assert columns(path, "PRAGMA user_version") == [(3,)]
+
+
+def test_a_step_that_fails_leaves_the_version_before_it(path: Path) -> None:
+    ledger = Ledger.open(path)
+    ledger.accept(JOB)
+    ledger.close()
+    failing = "UPDATE entry SET note = 'half'; CREATE TABLE more (x); INSERT INTO missing VALUES(1)"
+    with pytest.raises(LedgerError, match="no such table: missing"):
+        Ledger.open(path, migrations=(*schema.MIGRATIONS, SECOND, failing))
+    assert columns(path, "PRAGMA user_version") == [(2,)]
+    assert columns(path, "SELECT note FROM entry") == [("none",)]
+    assert columns(path, "SELECT name FROM sqlite_master WHERE name = 'more'") == []
+    Ledger.open(path, migrations=(*schema.MIGRATIONS, SECOND, THIRD)).close()
+
+
+def test_a_table_with_dependents_can_be_built_anew(path: Path) -> None:
+    """With foreign keys in force, dropping the old table would delete the steps."""
+    ledger = Ledger.open(path)
+    for step in LIFE[:3]:
+        step(ledger)
+    before = content(ledger)
+    ledger.close()
+    rebuild = (
+        "CREATE TABLE anew AS SELECT * FROM entry; DROP TABLE entry;"
+        "ALTER TABLE anew RENAME TO entry; CREATE UNIQUE INDEX entry_id ON entry (id)"
+    )
+    ledger = Ledger.open(path, migrations=(*schema.MIGRATIONS, rebuild))
+    assert content(ledger) == before
+    ledger.close()
+
+
+def test_a_newer_ledger_is_refused_with_both_versions(path: Path) -> None:
+    Ledger.open(path, migrations=(*schema.MIGRATIONS, SECOND)).close()
+    with pytest.raises(
+        LedgerError, match=r"of version 2, .* up to 1; install the newer worker .*lost"
+    ):
+        Ledger.open(path)
+    Ledger.open(path, migrations=(*schema.MIGRATIONS, SECOND)).close()
+
+
+@pytest.mark.parametrize("name", ["open", "mkdir"])
+def test_a_folder_that_cannot_be_used(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(LedgerError, match=r"Permission denied; make it.* writable"):
+        Ledger.open(path.parent / "new/ledger.db")
+
+
+def test_a_file_in_place_of_the_folder(path: Path) -> None:
+    path.write_text("")
+    with pytest.raises(LedgerError, match="File exists"):
+        Ledger.open(path / "ledger.db")
+
+
+def test_a_closed_ledger_says_so(path: Path) -> None:
+    ledger = Ledger.open(path)
+    ledger.close()
+    with pytest.raises(LedgerError, match="closed database"):
+        ledger.accept(JOB)

@@ -1,0 +1,191 @@
+"""A ledger that cannot be written for a while: a full disk, a file that is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from worker.errors import LedgerError
+from worker.ledger import Entry, Ledger
+from worker.master.wire import Job, JobResult
+
+JOB = Job.model_validate({"id": "job-1", "parameters": {"text": "x" * 1000}})
+RESULT = JobResult(job_id="job-1", node_id="n", status="completed", logs="x" * 4000)
+
+LIFE: tuple[Callable[[Ledger], object], ...] = (
+    lambda ledger: ledger.accept(JOB),
+    lambda ledger: ledger.starting(1, "input", "job-1-input.service", {}),
+    lambda ledger: ledger.starting(1, "main", "job-1.service", {"width": 1920}),
+    lambda ledger: ledger.reissue(1, JOB.model_copy(update={"retry_count": 1})),
+    lambda ledger: ledger.finish(1, RESULT, {"cpu": 1}),
+    lambda ledger: ledger.settle(1, "delivered"),
+    lambda ledger: ledger.reap(1),
+    lambda ledger: ledger.put("draining", "1"),
+    lambda ledger: ledger.prune(0, 0),
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def ledger(path: Path) -> Iterator[Ledger]:
+    ledger = Ledger.open(path, clock=lambda: 1000.0)
+    yield ledger
+    ledger.close()
+
+
+def log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def content(ledger: Ledger) -> tuple[list[Entry], str | None]:
+    return ledger.recent(100), ledger.get("draining")
+
+
+def copy(path: Path, folder: Path, log_bytes: int | None = None) -> Path:
+    """The ledger as it lies on the disk now, with that much of its log."""
+    folder.mkdir()
+    shutil.copy(path, folder)
+    if log_of(path).exists():
+        (folder / log_of(path).name).write_bytes(log_of(path).read_bytes()[:log_bytes])
+    return folder / path.name
+
+
+def read(path: Path) -> tuple[list[Entry], str | None]:
+    ledger = Ledger.open(path)
+    try:
+        return content(ledger)
+    finally:
+        ledger.close()
+
+
+def test_every_step_is_on_the_disk_when_it_returns(
+    ledger: Ledger, path: Path, tmp_path: Path
+) -> None:
+    for number, step in enumerate(LIFE):
+        step(ledger)
+        assert read(copy(path, tmp_path / str(number))) == content(ledger)
+
+
+@contextlib.contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """Writes beyond it fail with EFBIG, in part or as a whole (setrlimit(2), RLIMIT_FSIZE)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("which", range(len(LIFE)))
+def test_a_full_disk_at_any_byte_of_a_step(
+    ledger: Ledger, path: Path, tmp_path: Path, which: int
+) -> None:
+    for step in LIFE[:which]:
+        step(ledger)
+    before = content(ledger)
+    size = log_of(path).stat().st_size if which else 0
+    failures = 0
+    for room in range(0, 100_000, 731):
+        try:
+            with no_file_beyond(size + room):
+                LIFE[which](ledger)
+        except LedgerError:
+            failures += 1
+            assert content(ledger) == before
+            with no_file_beyond(size):
+                assert "free space" in ledger.check()
+        else:
+            break
+    assert failures
+    assert content(ledger) != before
+    assert read(copy(path, tmp_path / "copy")) == content(ledger)
+
+
+def test_after_a_failure_it_works_again_when_there_is_space(
+    ledger: Ledger, path: Path, tmp_path: Path
+) -> None:
+    for step in LIFE:
+        with (
+            no_file_beyond(log_of(path).stat().st_size),
+            pytest.raises(LedgerError, match=r"ledger\.db: .* free space"),
+        ):
+            step(ledger)
+        assert ledger.check() == ""
+        step(ledger)
+        assert read(copy(path, tmp_path / str(LIFE.index(step)))) == content(ledger)
+
+
+def test_no_space_for_a_new_ledger(path: Path) -> None:
+    for size in range(0, 8000, 731):
+        with no_file_beyond(size), pytest.raises(LedgerError, match="free space"):
+            Ledger.open(path)
+        assert not path.exists()
+    Ledger.open(path).close()
+
+
+def test_check_costs_no_write_unless_one_failed(ledger: Ledger, path: Path) -> None:
+    ledger.accept(JOB)
+    before = log_of(path).read_bytes()
+    assert ledger.check() == ""
+    with pytest.raises(ValueError):
+        ledger.reap(1)
+    assert ledger.check() == ""
+    assert log_of(path).read_bytes() == before
+    with no_file_beyond(len(before)), pytest.raises(LedgerError):
+        ledger.reap(ledger.accept(Job(id="x")).id)
+    assert ledger.check() == ""
+    assert log_of(path).read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("flag", "blocks", "what"),
+    [(0, 1023, "is full .1047552 bytes free"), (os.ST_RDONLY, 10**6, "mounted read-only")],
+)
+def test_check_sees_trouble_before_a_write_does(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, flag: int, blocks: int, what: str
+) -> None:
+    state = SimpleNamespace(f_flag=flag, f_bavail=blocks, f_frsize=1024)
+    monkeypatch.setattr(os, "statvfs", lambda _path: state)
+    with pytest.raises(AssertionError, match=what):
+        assert ledger.check() == ""
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_that_was_taken_away_is_not_written_on(
+    ledger: Ledger, path: Path, replace: bool
+) -> None:
+    path.rename(path.with_name("moved"))
+    if replace:
+        path.write_bytes(b"")
+    what = "was replaced" if replace else "is gone"
+    with pytest.raises(LedgerError, match=what):
+        ledger.accept(JOB)
+    assert what in ledger.check()
+    path.with_name("moved").replace(path)
+    assert ledger.check() == ""
+    ledger.accept(JOB)
+
+
+def test_another_program_that_writes(
+    ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger._file._db.execute("PRAGMA busy_timeout = 10")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LedgerError, match="locked; end the program"):
+            ledger.accept(JOB)
+    assert ledger.check() == ""
+    ledger.accept(JOB)
