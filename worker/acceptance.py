@@ -78,19 +78,21 @@ class Acceptance:
         self.finished |= await self._note("result", self._ledger.finish, result, evidence)
         return self.finished
 
-    async def settle(self, how: str, why: str = "") -> bool:
-        """Note that nothing is owed to the master any more: ``delivered`` or ``dropped``."""
-        return await self._note("delivery", self._ledger.settle, how, why)
+    async def close(self, how: str, why: str = "") -> bool:
+        """Note that nothing is owed to the master any more, and nothing of the job is left here.
 
-    async def reap(self) -> bool:
-        """Note that nothing of the job is left on this node."""
-        return await self._note("end", self._ledger.reap)
+        ``how`` is ``delivered``, or ``dropped`` for a reason.
+        """
+        return await self._note("end", self._ledger.settle, how, why, reaped=True)
 
-    async def _note(self, what: str, write: Any, *args: object) -> bool:
+    async def _note(self, what: str, write: Any, *args: object, **options: object) -> bool:
         try:
-            await self._ledger.run(write, self.entry.id, *args)
+            await self._ledger.run(write, self.entry.id, *args, **options)
         except LedgerError as error:
             logger.error("job %s: its %s is not on record: %s", self.job.id, what, error)
+            return False
+        except ValueError:  # a defect of ours, which must not cost the job its report
+            logger.exception("job %s: its %s cannot be on record", self.job.id, what)
             return False
         return True
 
@@ -105,7 +107,7 @@ class Unrecorded(Acceptance):
     def __repr__(self) -> str:
         return f"<Unrecorded {self.job.id!r}>"
 
-    async def _note(self, what: str, write: Any, *args: object) -> bool:
+    async def _note(self, what: str, write: Any, *args: object, **options: object) -> bool:
         return True
 
     async def reissue(self, job: Job) -> None:

@@ -6,16 +6,17 @@ import asyncio
 import json
 import logging
 import signal
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from worker import __version__, workspace
 from worker.acceptance import Acceptance
 from worker.config import Settings
 from worker.control import Control, socket_path
-from worker.dispatch import LAST_POLL_SEC, Dispatcher, failed
+from worker.dispatch import Dispatcher
+from worker.ending import Ending, end_silence, silence_left
 from worker.errors import (
     JobUnknown,
     MasterRefused,
@@ -25,21 +26,20 @@ from worker.errors import (
 )
 from worker.execution import Execution
 from worker.jobs.capabilities import Capabilities
-from worker.jobs.outcome import Intent
 from worker.ledger import Entry, Ledger
 from worker.master.client import MasterClient
 from worker.master.delivery import Delivered, Dropped, deliver
 from worker.master.retry import Backoff
-from worker.master.session import DEAD_AFTER, NodeSession
+from worker.master.session import NodeSession
 from worker.master.standing import Standing, standing
 from worker.master.wire import Job, JobResult
 from worker.node.facts import NodeFacts, gather
 from worker.recovery import Found, Recovery
+from worker.reports import failed
 from worker.steering import Draining, JobOrders
 from worker.steps import Programs
 from worker.systemd import enforcement
 from worker.systemd.launcher import Launcher
-from worker.systemd.ownunit import StopReason, stop_reason
 from worker.systemd.suspend import Suspension
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.notify import Notifier
@@ -52,11 +52,9 @@ logger = logging.getLogger(__name__)
 
 BUS_PATIENCE_SEC = 30.0
 CLOSE_SECONDS = 3.0
-EXTENSION_SEC = 60.0
-"""By so much the time for a stop is extended, again and again while it goes on."""
 REQUEST_SEC = 180.0
 """No request to the master, with all that belongs to it, takes longer."""
-_CAPABILITIES, _SILENT_SINCE = "capabilities", "silent since"
+_CAPABILITIES = "capabilities"
 
 
 class Agent:
@@ -71,6 +69,7 @@ class Agent:
         self._launcher = Launcher(user=settings.user)
         self._suspension = Suspension(self._launcher, user=settings.user)
         self._pulse = Pulse()
+        self._launcher.tracker.beat = partial(self._pulse.beat, "unit tracker")
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._online = asyncio.Event()
@@ -244,7 +243,7 @@ class Agent:
             assert entry.result is not None
             logger.info("job %s: its result was not delivered yet", entry.job.id)
             acceptance = Acceptance(self._ledger, entry)
-            self._dispatcher.report(acceptance, entry.result, maybe_landed=True)
+            self._dispatcher.reports.add(acceptance, entry.result, maybe_landed=True)
         for entry in found.unstarted:
             await self._begin_if_ours(entry, session)
         await self._dispatcher.run(session)
@@ -261,8 +260,7 @@ class Agent:
 
     async def _let_the_master_notice(self) -> None:
         """Keep silent until the master has given away the jobs that were left to it."""
-        since = float(self._ledger.get(_SILENT_SINCE) or 0.0)
-        wait = min(since + DEAD_AFTER + 10.0 - time.time(), DEAD_AFTER + 10.0)
+        wait = silence_left(self._ledger)
         if wait > 0:
             self._waiting = (
                 f"silent for {wait:.0f} s more, so that the master gives the jobs to others that "
@@ -270,8 +268,7 @@ class Agent:
             )
             logger.warning("%s", self._waiting)
             await asyncio.sleep(wait)
-        if since:
-            await self._ledger.run(self._ledger.put, _SILENT_SINCE, "")
+        await self._ledger.run(end_silence, self._ledger)
 
     async def _begin_if_ours(self, entry: Entry, session: NodeSession) -> None:
         """Start a job that was accepted and never begun, unless it is somebody else's by now."""
@@ -297,8 +294,7 @@ class Agent:
         else:
             why = f"it was not begun, and is no longer ours ({found.value})"
             logger.warning("job %s: %s", entry.job.id, why)
-            await acceptance.settle("dropped", why)
-            await acceptance.reap()
+            await acceptance.close("dropped", why)
 
     def _execution(self, acceptance: Acceptance) -> Execution:
         assert self._capabilities is not None
@@ -364,16 +360,22 @@ class Agent:
             asyncio.create_task(feed(self._pulse, self._notifier), name="watchdog"),
         ]
         tasks = (told, polling, heartbeats, *others)
-        ending = None
+        ending = Ending(
+            self._settings,
+            self._notifier,
+            self._launcher.bus,
+            dispatcher,
+            self._ledger,
+            self._hurry,
+        )
         try:
             done, _ = await asyncio.wait({told, polling, heartbeats}, return_when="FIRST_COMPLETED")
-            told_to = told in done
             self._stop.set()
             dispatcher.stop_polling()
-            ending = asyncio.create_task(self._extend_stop())
-            await self._end(dispatcher, polling, told_to)
+            registered = self._session is not None and self._session.registered
+            await ending.run(polling, told=told in done, registered=registered)
         finally:
-            for task in (*tasks, *([ending] if ending else [])):
+            for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
@@ -384,51 +386,6 @@ class Agent:
         await self._online.wait()
         assert self._session is not None
         await self._session.run()
-
-    async def _end(self, dispatcher: Dispatcher, polling: asyncio.Task[None], told: bool) -> None:
-        """Stop as the operator meant it."""
-        # What failed of itself is started again, as after a restart.
-        reason = await stop_reason(self._launcher.bus) if told else StopReason.RESTART
-        mode = self._settings.stop_mode
-        self._notifier.stopping(f"stopping ({reason.value})")
-        # A request for a job that is under way may still bring one; it must be answered for.
-        registered = self._session is not None and self._session.registered
-        await asyncio.wait({polling}, timeout=LAST_POLL_SEC if registered else 0)
-        polling.cancel()
-        await asyncio.wait({polling}, timeout=1.0)
-        if reason is StopReason.RESTART or (mode == "leave" and reason is not StopReason.SHUTDOWN):
-            logger.info("%d jobs run on; the next worker follows them", len(dispatcher.running))
-            await dispatcher.leave()
-            return
-        intent = Intent.SHUTDOWN
-        if reason is StopReason.SHUTDOWN:
-            intent = Intent.POWEROFF
-        elif dispatcher.running:
-            await self._see_jobs_end(
-                dispatcher, None if mode == "drain" else self._settings.stop_grace
-            )
-        await dispatcher.stop(intent, self._hurry)
-        if dispatcher.left_to_the_master:
-            await self._ledger.run(self._ledger.put, _SILENT_SINCE, str(time.time()))
-
-    async def _see_jobs_end(self, dispatcher: Dispatcher, seconds: float | None) -> None:
-        """Wait for the running jobs, for so long or for ever, unless told to hurry."""
-        logger.info(
-            "waiting for %d jobs to end%s", len(dispatcher.running),
-            f", at most {seconds:g} s" if seconds is not None else "",
-        )  # fmt: skip
-        idle = asyncio.create_task(dispatcher.idle())
-        hurried = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait({idle, hurried}, timeout=seconds, return_when="FIRST_COMPLETED")
-        for task in (idle, hurried):
-            task.cancel()
-        self._hurry.clear()  # the next signal is about the reports
-
-    async def _extend_stop(self) -> None:
-        """Tell systemd that the stop makes progress, for as long as it takes."""
-        while True:
-            self._notifier.extend_timeout(EXTENSION_SEC)
-            await asyncio.sleep(EXTENSION_SEC / 3)
 
     def _signalled(self, number: signal.Signals) -> None:
         if self._stop.is_set():

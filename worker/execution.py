@@ -25,7 +25,7 @@ from worker.errors import JobError, LedgerError, Reason, SystemdError
 from worker.jobs import ffmpeg, probe, streams
 from worker.jobs.capabilities import Capabilities
 from worker.jobs.judge import CLD_EXITED
-from worker.jobs.outcome import Intent, Outcome, error_text
+from worker.jobs.outcome import Intent, Outcome, error_text, stopped
 from worker.jobs.parse import parse_job
 from worker.jobs.progress import Progress, parse_progress
 from worker.jobs.report import JobRun, build_result
@@ -36,6 +36,7 @@ from worker.node import disk
 from worker.steps import MIB, Left, Programs, StepRun, Steps
 from worker.systemd.launcher import Launcher
 from worker.systemd.names import Step, safe_id
+from worker.systemd.ownunit import all_stops
 from worker.systemd.suspend import Suspension
 from worker.systemd.usage import Usage
 from worker.workspace import Workspace
@@ -46,6 +47,8 @@ PROGRESS_LOG_SECONDS = 10.0
 FIRST_PROGRESS_SECONDS = 2.0
 LOG_LINES = 40
 """Of ffmpeg's last words, as many stay on record."""
+_SHUTDOWN_LOOKS_LIKE = (Reason.PLATFORM_ERROR, Reason.RUNTIME_ERROR, Reason.NETWORK_ERROR)
+"""A unit is stopped, cannot be started, or misses what the machine has stopped before it."""
 
 
 class Execution:
@@ -82,6 +85,7 @@ class Execution:
         self.progress: Progress | None = None
 
         self._node_id = job.node_id or node_id
+        self._launcher = launcher
         self._capabilities = capabilities
         self._programs = programs
         self._settings = settings
@@ -173,6 +177,9 @@ class Execution:
             # A defect of ours costs this job, not the node.
             logger.exception("job %s: internal error", self.job.id)
             outcome = Outcome.failed(Reason.PLATFORM_ERROR, f"internal error: {error!r}")
+        if await self._ended_with_the_machine(outcome):
+            self.steps.stop(Intent.POWEROFF)
+            outcome = stopped(Intent.POWEROFF)
         seconds = time.monotonic() - begun
         if outcome.completed:
             logger.info("job %s: completed in %.1f s", self.job.id, seconds)
@@ -181,6 +188,12 @@ class Execution:
         self.outcome = outcome
         self.facts = self._gathered(begun_at, seconds, outcome)
         return build_result(self.facts, outcome)
+
+    async def _ended_with_the_machine(self, outcome: Outcome) -> bool:
+        """systemd stops all units at once: the job's may have ended before we were told."""
+        if outcome.reason in _SHUTDOWN_LOOKS_LIKE and self.steps.intent is Intent.NONE:
+            return await all_stops(self._launcher.bus)
+        return False
 
     @property
     def killed(self) -> bool:

@@ -116,4 +116,4 @@ class Recovery:
             logger.error("job %s: a unit is left over: %s", entry.job.id, error)
         workspace.remove_tree(self._work_dir / "jobs" / safe_id(entry.job.id))
         if entry.state is State.SETTLED:
-            await Acceptance(self._ledger, entry).reap()
+            await Acceptance(self._ledger, entry).close(entry.settled, entry.why)

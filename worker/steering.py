@@ -89,4 +89,4 @@ class Draining:
 
     def _now(self) -> Status:
         dispatcher = self._dispatcher
-        return Status(self.on, tuple(dispatcher.running), dispatcher.undelivered)
+        return Status(self.on, tuple(dispatcher.running), len(dispatcher.reports))

@@ -74,8 +74,8 @@ class Upkeep:
                 )  # fmt: skip
             reasons = self._readiness()
             line = f"{len(dispatcher.running)} of {dispatcher.slots} slots in use"
-            if dispatcher.undelivered:
-                line += f", {dispatcher.undelivered} results not delivered"
+            if undelivered := len(dispatcher.reports):
+                line += f", {undelivered} results not delivered"
             line = f"{line}; taking no jobs: {'; '.join(reasons)}" if reasons else f"ready, {line}"
             if line != last:
                 self._notifier.status(line)

@@ -160,6 +160,25 @@ def test_a_hand_out_whose_answer_was_lost_is_taken_up(worker: Worker, master: Fa
     assert starts(job["id"]) == 1
 
 
+def test_what_was_completed_during_an_outage_is_not_run_again(
+    worker: Worker, master: FakeMaster
+) -> None:
+    worker.start(master)
+    job = master.submit(SHORT)
+    unit = running(job["id"])
+    master.fault("*", "drop", count=10**6)
+    until(lambda: unit not in job_units())
+    with master.store.changed:  # what the master does when a node is silent for 90 s
+        master.store._queue_again(master.store.jobs[job["id"]], "Reassigning from dead node")
+
+    master.clear_faults()
+
+    ended = master.wait(job["id"], timeout=60)
+    assert (ended["status"], ended["retry_count"]) == ("completed", 1)
+    assert [result["status"] for result in master.results] == ["completed"]
+    assert starts(job["id"]) == 1
+
+
 class TestStop:
     def test_what_ends_in_the_time_of_grace_is_reported_as_usual(
         self, worker: Worker, master: FakeMaster

@@ -102,7 +102,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return StopReason.STOP
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(agent_module, "stop_reason", stopped)
+    monkeypatch.setattr("worker.ending.stop_reason", stopped)
 
 
 def answering(**fields: Any) -> NodeSession:
@@ -185,7 +185,7 @@ async def test_told_to_stop_while_the_master_is_down(make: Make) -> None:
 async def test_told_to_stop_while_the_master_does_not_answer(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_module, "LAST_POLL_SEC", 0.1)
+    monkeypatch.setattr("worker.ending.LAST_POLL_SEC", 0.1)
     with FakeMaster() as master:
         master.fault("GET /jobs/next", "hang", count=100)
         agent = make(MASTER_URL=master.url)
@@ -259,7 +259,7 @@ async def test_what_was_accepted_and_not_begun_is_begun_if_it_is_still_ours(
 async def test_a_result_that_cannot_be_delivered_waits_for_the_next_run(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.dispatch.LAST_REPORTS_SEC", 0.1)
+    monkeypatch.setattr("worker.reports.LAST_REPORTS_SEC", 0.1)
     with FakeMaster() as master:
         master.fault("POST /results", "status", status=503, count=1000)
         agent = make(MASTER_URL=master.url)

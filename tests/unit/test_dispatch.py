@@ -433,11 +433,47 @@ async def test_nothing_is_reported_of_a_job_that_is_not_wanted_any_more(
     bench = benches(job("a"))
     await bench.settled(lambda: "a" in bench.executions)
     bench.executions["a"].stop(intent)
-    await bench.settled(lambda: bench.states() == ["reaped"])
+    await bench.settled(lambda: not bench.dispatcher.held)
+    assert bench.states() == ["reaped"]
     assert bench.reported == []
     assert bench.entries()[0].settled == "dropped"
     assert bench.executions["a"].closed == 1
     assert (bench.metrics._active, bench.metrics._cancelled_graceful) == (0, 1)
+
+
+async def test_a_job_handed_out_anew_while_it_is_being_stopped_is_run_again(
+    benches: Callable[..., Bench],
+) -> None:
+    bench = benches(job("a"))
+    await bench.settled(lambda: "a" in bench.executions)
+    first = bench.executions["a"]
+    first.steps.intent = Intent.CANCELLED  # told to stop, and not ended yet
+    bench.source.answers.append(job("a", retry_count=1))
+    bench.dispatcher.nudge()
+    await bench.source.asked_times(3)
+    assert bench.executions["a"] is first
+    first.ended.set()
+    await bench.settled(lambda: bench.executions["a"] is not first)
+    assert bench.states() == ["reaped", "accepted"]
+    assert bench.reported == []
+
+
+async def test_a_defect_in_taking_a_job_costs_that_job_only(
+    benches: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(job: Job) -> Entry:
+        raise RecursionError("no")
+
+    bench = benches()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.ledger, "accept", broken)
+        bench.source.answers.append(job("bad"))
+        bench.dispatcher.nudge()
+        await bench.settled(lambda: bench.reported)
+    assert bench.reported[0][1].error == "platform_error: internal error: RecursionError"
+    bench.source.answers.append(job("good"))
+    bench.dispatcher.nudge()
+    await bench.settled(lambda: "good" in bench.executions)
 
 
 async def test_leaving_changes_nothing(benches: Callable[..., Bench]) -> None:
@@ -488,7 +524,7 @@ async def test_a_defect_in_reporting_keeps_the_job_ours(
     async def broken(*_args: object, **_options: object) -> Delivered | Dropped:
         raise RuntimeError("no")
 
-    bench.dispatcher._deliver = broken
+    bench.dispatcher.reports._deliver = broken
     await bench.settled(lambda: "a" in bench.executions)
     bench.executions["a"].ended.set()
     await bench.settled(lambda: "reporting it failed" in caplog.text)
@@ -559,7 +595,7 @@ async def test_a_node_that_cannot_report_takes_no_more_jobs(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("worker.dispatch.MOST_UNDELIVERED", 1)
+    monkeypatch.setattr("worker.reports.MOST_UNDELIVERED", 1)
     bench = benches(job("a"), poll_interval=0.01)
     bench.delivering.clear()
     await bench.settled(lambda: "a" in bench.executions)

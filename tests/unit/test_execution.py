@@ -147,6 +147,12 @@ class Theatre:
         self.refusal: Exception | None = None
         self.reap_error: Exception | None = None
         self.tracker = SimpleNamespace(unfinished=1)
+        self.bus = self
+        self.state = "running"
+
+    async def get(self, *_property: str) -> str:
+        """Of the manager's properties, SystemState is asked for."""
+        return self.state
 
     async def start(self, launch: Launch) -> FakeUnit:
         await asyncio.sleep(0)
@@ -249,6 +255,29 @@ async def test_the_folder_is_held_until_the_report_has_arrived(
     assert (tmp_path / "work/jobs/j").is_dir()
     execution.close()
     assert not (tmp_path / "work/jobs/j").exists()
+
+
+@pytest.mark.parametrize("state", ["stopping", "running"])
+async def test_a_unit_that_ends_with_the_machine(
+    make: Callable[..., Execution], theatre: Theatre, state: str
+) -> None:
+    """systemd stops it before it tells the worker to stop."""
+    theatre.state = state
+    theatre.scenes["main"].state = STOPPED
+    execution = make()
+    error = (await finish(execution, theatre)).error or ""
+    assert ("the machine was shut down" in error) is (state == "stopping")
+    intent = Intent.POWEROFF if state == "stopping" else Intent.NONE
+    assert execution.steps.intent is intent
+
+
+async def test_a_job_that_is_to_blame_itself_fails_during_a_shutdown_as_well(
+    make: Callable[..., Execution], theatre: Theatre
+) -> None:
+    theatre.state = "stopping"
+    execution = make({"codec": "betamax"})
+    assert ((await finish(execution, theatre)).error or "").startswith("user_error: ")
+    assert execution.steps.intent is Intent.NONE
 
 
 async def test_memory_is_never_above_its_limit(

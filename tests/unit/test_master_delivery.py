@@ -121,11 +121,15 @@ async def test_a_job_that_is_no_longer_ours_is_left_alone(
     bench: Bench, caplog: pytest.LogCaptureFixture, reported: str, there: dict[str, Any], said: str
 ) -> None:
     bench.set(**there)
-    outcome = await bench.delivery(reported).attempt()
+    waits = Waits()
+    outcome = await deliver(bench.client, bench.job, bench.result(reported), sleep=waits)
     assert isinstance(outcome, Dropped)
     assert said in outcome.why
     assert "no longer ours" in caplog.text
     assert bench.posts == 0
+    may_return = reported == "completed" and said in ("pending", "queued", "retry 1")
+    assert len(waits.seconds) == (59 if may_return else 0)
+    assert ("kept, should this node be given it again" in caplog.text) == may_return
 
 
 async def test_ours_is_the_node_id_under_which_it_was_accepted(bench: Bench) -> None:
@@ -148,10 +152,23 @@ async def test_ours_is_the_node_id_of_the_result_where_the_job_has_none(
 async def test_a_job_the_master_does_not_know(bench: Bench) -> None:
     with bench.master.store.changed:
         bench.master.store.jobs.clear()
-    outcome = await bench.delivery().attempt()
+    waits = Waits()
+    outcome = await deliver(bench.client, bench.job, bench.result(), sleep=waits)
     assert isinstance(outcome, Dropped)
     assert "does not know" in outcome.why
     assert bench.posts == 0
+    assert len(waits.seconds) == 7
+    assert min(waits.seconds) >= 30, "a wrong MASTER_URL costs no result at once"
+
+
+async def test_a_master_that_gets_its_jobs_back_gets_the_report(bench: Bench) -> None:
+    with bench.master.store.changed:
+        jobs = dict(bench.master.store.jobs)
+        bench.master.store.jobs.clear()
+    waits = Waits(lambda: bench.master.store.jobs.update(jobs))
+    outcome = await deliver(bench.client, bench.job, bench.result(), sleep=waits)
+    assert isinstance(outcome, Delivered)
+    assert bench.posts == 1
 
 
 # A lost answer
@@ -222,8 +239,21 @@ async def test_what_a_report_does_not_explain(
     bench: Bench, reported: str, there: dict[str, Any]
 ) -> None:
     bench.set(**there)
-    outcome = await bench.delivery(reported, maybe_landed=True).attempt()
+    outcome = await deliver(
+        bench.client, bench.job, bench.result(reported), maybe_landed=True, sleep=Waits()
+    )
     assert isinstance(outcome, Dropped)
+    assert bench.posts == 0
+
+
+async def test_a_job_that_waited_there_and_is_given_to_another_node_is_let_go(
+    bench: Bench,
+) -> None:
+    bench.set(status="pending", node_id="", retry_count=1)
+    waits = Waits(lambda: bench.set(status="processing", node_id="somebody-else"))
+    outcome = await deliver(bench.client, bench.job, bench.result("completed"), sleep=waits)
+    assert isinstance(outcome, Dropped)
+    assert "somebody-else" in outcome.why
     assert bench.posts == 0
 
 
@@ -499,7 +529,9 @@ async def test_a_master_restored_from_a_backup_older_than_our_turn(
     """The job waits there, and runs again: its old result must not come in between."""
     bench.job = bench.job.model_copy(update={"retry_count": 2})
     bench.set(status="pending", node_id="", retry_count=1)
-    outcome = await bench.delivery(reported, maybe_landed=maybe_landed).attempt()
+    outcome = await deliver(
+        bench.client, bench.job, bench.result(reported), maybe_landed=maybe_landed, sleep=Waits()
+    )
     assert isinstance(outcome, Dropped)
     assert bench.posts == 0
 

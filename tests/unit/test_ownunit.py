@@ -12,7 +12,7 @@ import pytest
 
 from worker.errors import BusGone, BusTimeout, NoSuchUnit, SystemdError
 from worker.systemd.bus import Bus
-from worker.systemd.ownunit import StopReason, stop_reason
+from worker.systemd.ownunit import StopReason, all_stops, stop_reason
 
 UNIT = "/org/freedesktop/systemd1/unit/own"
 JOB = "/org/freedesktop/systemd1/job/7"
@@ -126,3 +126,17 @@ async def test_no_answer_is_taken_for_a_restart_and_soon(
     assert time.monotonic() - begun < 2
     assert "taken for a restart" in caplog.text
     assert ("denied" if trouble == "refuses" else "no answer in 0.1 s") in caplog.text
+
+
+@pytest.mark.parametrize("state", ["running", "degraded", "maintenance", "stopping"])
+async def test_whether_all_units_are_stopped(state: str) -> None:
+    assert await all_stops(cast("Bus", FakeBus(state=state))) is (state == "stopping")
+
+
+@pytest.mark.parametrize("answer", [None, BusGone("lost")])
+async def test_a_shutdown_is_not_assumed(answer: object, caplog: pytest.LogCaptureFixture) -> None:
+    bus = FakeBus(state="stopping")
+    bus.answers["SystemState"] = [answer]
+    with caplog.at_level(logging.WARNING):
+        assert await all_stops(cast("Bus", bus), limit=0.1) is False
+    assert "whether the machine is being shut down: " in caplog.text

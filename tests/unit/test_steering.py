@@ -30,7 +30,7 @@ class FakeSteps:
 class FakeDispatcher:
     def __init__(self) -> None:
         self.running: dict[str, Any] = {}
-        self.undelivered = 0
+        self.reports: list[str] = []
         self.asking = False
         self.news = News()
         self.nudged = 0
@@ -95,11 +95,11 @@ async def test_waiting_ends_when_nothing_runs_is_owed_or_may_come(ledger: Ledger
             await asyncio.sleep(0)
         return not waiting.done()
 
-    dispatcher.undelivered = 1
+    dispatcher.reports.append("b")
     assert await goes_on()
     del dispatcher.running["a"]
     assert await goes_on()
-    dispatcher.undelivered = 0
+    dispatcher.reports.clear()
     assert await goes_on()
     dispatcher.asking = False
     assert not await goes_on()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from typing import Any
 
 import pytest
 
+from worker.errors import BusGone
 from worker.systemd.bus import Bus
 from worker.systemd.library import Message, MessageType, Variant
 from worker.systemd.names import object_path
@@ -161,3 +164,32 @@ def test_a_reload_whose_end_was_missed_is_over(
     tracker.reconnected()
     tracker.on_signal(manager("UnitRemoved", NAME, unit.path))
     assert unit.unloaded
+
+
+async def test_the_watchdog_hears_of_each_round_and_of_a_bus_that_is_away(
+    tracker: Tracker, unit: Tracked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away, back = asyncio.Event(), asyncio.Event()
+    promises: list[float] = []
+
+    async def rows(_names: object) -> dict[str, dict[str, object]]:
+        if back.is_set():
+            return {NAME: {"LoadState": "not-found"}}
+        raise BusGone("lost")
+
+    async def wait_connected(_bus: Bus) -> None:
+        away.set()
+        await back.wait()
+
+    monkeypatch.setattr(tracker, "rows", rows)
+    monkeypatch.setattr(Bus, "wait_connected", wait_connected)
+    tracker.beat = promises.append
+    tracker.open()
+    tracker.mark(unit)
+    await asyncio.wait_for(away.wait(), 5)
+    assert promises[-1] == math.inf
+    back.set()
+    await asyncio.wait_for(unit.done.wait(), 5)
+    await asyncio.sleep(0)
+    assert promises[-1] < math.inf
+    await tracker.close()

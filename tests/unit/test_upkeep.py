@@ -94,9 +94,7 @@ def test_a_ledger_that_cannot_be_written(bench: Bench, monkeypatch: pytest.Monke
 
 
 async def test_the_status_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    dispatcher = SimpleNamespace(
-        running={"a": None}, slots=4, undelivered=0, changed=asyncio.Event()
-    )
+    dispatcher = SimpleNamespace(running={"a": None}, slots=4, reports=[], changed=asyncio.Event())
     task = asyncio.create_task(bench.upkeep.status(cast("Dispatcher", dispatcher)))
 
     async def said(line: str) -> None:
@@ -106,7 +104,7 @@ async def test_the_status_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
                 await asyncio.sleep(0)
 
     await said("ready, 1 of 4 slots in use")
-    dispatcher.undelivered = 2
+    dispatcher.reports += ["a", "b"]
     await said("ready, 1 of 4 slots in use, 2 results not delivered")
     bench.reasons.append("draining")
     await said("1 of 4 slots in use, 2 results not delivered; taking no jobs: draining")

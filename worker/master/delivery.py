@@ -11,9 +11,12 @@ report would have moved it, the report has arrived.
 
 A report can be days old, and the master may have been restored from a backup meanwhile. Then
 what it has is what counts. A job that it takes for running here is reported, in an earlier
-retry too. One that waits there is left to wait, although it would take our ``completed``: it
+retry too. And a job that was made at another time is another job, whatever its id.
+
+A job that waits there to be run again, as after an outage, would take our ``completed``; but it
 may be given out between the look and the post, and the report would then free that node while
-it works. And a job that was made at another time is another job, whatever its id.
+it works. So such a report is kept for a while: this node may be given the job, and what is
+completed then answers for that, too (``worker.reports``).
 """
 
 from __future__ import annotations
@@ -41,6 +44,10 @@ logger = logging.getLogger(__name__)
 
 _LOOKS = 5
 """A look-up that the master refuses so often does not work there, and reporting may."""
+_UNKNOWN_LOOKS = 8
+"""A master that does not know a job is asked so often, over a good quarter of an hour."""
+_WAITING_LOOKS = 60
+"""What is completed here and waits there is looked at so often, over about half an hour."""
 _NOT_UNDERSTOOD = frozenset({400, 422})
 _NOT_WANTED = frozenset({409, 410})
 _BUSY = frozenset({429, 502, 503, 504})
@@ -65,7 +72,7 @@ class TryAgain:
     """Not delivered yet. ``after`` is in seconds, ``error`` is what stood in the way."""
 
     after: float
-    error: MasterError
+    error: MasterError | str
 
 
 class Delivery:
@@ -93,6 +100,8 @@ class Delivery:
     ) -> None:
         self._node_ids = node_ids
         self._refused_looks = 0
+        self._unknown = 0
+        self._waiting = 0
         self._client = client
         self._job = job
         self._result = result
@@ -104,16 +113,20 @@ class Delivery:
     async def attempt(self) -> Delivered | Dropped | TryAgain:
         """Look the job up and, if it is still ours, report. Raises nothing of MasterError."""
         try:
-            settled = await self._look()
-            return settled if settled is not None else await self._post()
+            seen = await self._look()
+            return seen if seen is not None else await self._post()
         except JobUnknown as error:
+            # It may be the wrong master, or one whose data are being put back.
+            self._unknown += 1
+            if self._unknown < _UNKNOWN_LOOKS:
+                return TryAgain(self._slow.next(), error)
             return self._dropped(f"the master does not know the job ({error})", logging.WARNING)
         except Unauthorized as error:
             return TryAgain(self._slow.next(error.retry_after), error)
         except (MasterRefused, MasterUnreachable) as error:
             return TryAgain(self._backoff.next(error.retry_after), error)
 
-    async def _look(self) -> Delivered | Dropped | None:
+    async def _look(self) -> Delivered | Dropped | TryAgain | None:
         """What the job's state there says about this report; None: it is to be posted."""
         try:
             there = await self._client.job(self._job)
@@ -127,13 +140,20 @@ class Delivery:
         found = standing(there, self._job, {*self._node_ids, self._owner})
         if found not in (Standing.OURS, Standing.PAUSED):
             moved = whereabouts(there, found)
+            may_return = found is Standing.PENDING
         elif there.retry_count > self._job.retry_count:
             moved = f"in retry {there.retry_count}, and this was {self._job.retry_count}"
+            may_return = True
         else:
             return None
         if self.maybe_landed and self._explains(there, found):
             logger.info("job %s: the report had arrived: it is %s", self._name, moved)
             return Delivered(None)
+        if may_return and self._result.status == "completed":
+            self._waiting += 1
+            if self._waiting < _WAITING_LOOKS:
+                why = f"it is {moved}; kept, should this node be given it again"
+                return TryAgain(self._backoff.next(), why)
         return self._dropped(f"the job is no longer ours: it is {moved}", logging.WARNING)
 
     def _explains(self, there: Job, found: Standing) -> bool:

@@ -62,9 +62,31 @@ async def stop_reason(bus: Bus, limit: float = _LIMIT_SEC) -> StopReason:
         return StopReason.RESTART
 
 
+async def all_stops(bus: Bus, limit: float = _LIMIT_SEC) -> bool:
+    """The machine is shut down or rebooted, or the user's manager ends: every unit is stopped.
+
+    This holds from before the first unit is told to stop. An answer in ``limit`` seconds; where
+    systemd gives none, False.
+    """
+    try:
+        async with asyncio.timeout(limit):
+            return await _is_stopping(bus)
+    except (TimeoutError, SystemdError) as error:
+        logger.warning(
+            "cannot learn from systemd whether the machine is being shut down: %s",
+            str(error) or f"no answer in {limit:g} s",
+        )
+        return False
+
+
+async def _is_stopping(bus: Bus) -> bool:
+    # "stopping" is true while shutdown.target is active or queued, org.freedesktop.systemd1(5).
+    return await bus.get(MANAGER_PATH, "Manager", "SystemState") == "stopping"
+
+
 async def _ask(bus: Bus) -> StopReason | None:
     """What is queued; None if it was replaced by something else at this moment."""
-    if await bus.get(MANAGER_PATH, "Manager", "SystemState") == "stopping":
+    if await _is_stopping(bus):
         return StopReason.SHUTDOWN
     try:
         (path,) = await bus.call("GetUnitByPID", "u", [os.getpid()])

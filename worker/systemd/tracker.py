@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from worker.errors import BusGone, SystemdError
@@ -35,6 +36,8 @@ MATCHES = (
 _SUCCESS = re.compile(rb"\x00Result\x00\x01s\x00+\x07\x00{3}success\x00")
 _INSURANCE_SEC = 60.0
 _RETRY_SEC = 1.0
+_LOOK_SEC = 120.0
+"""A look takes two calls at most for each unit, and a call has its own time limit."""
 
 
 class Tracked:
@@ -106,6 +109,8 @@ class Tracker:
     """Keeps every Tracked up to date."""
 
     def __init__(self, bus: Bus) -> None:
+        self.beat: Callable[[float], None] = lambda _seconds: None
+        """Called in each round with the time in which the next call comes if all is well."""
         self._bus = bus
         self._units: dict[str, Tracked] = {}
         self._paths: dict[str, Tracked] = {}
@@ -231,6 +236,7 @@ class Tracker:
 
     async def _reconcile(self) -> None:
         while True:
+            self.beat(_INSURANCE_SEC + _LOOK_SEC)
             try:
                 async with asyncio.timeout(_INSURANCE_SEC):
                     await self._wake.wait()
@@ -244,10 +250,12 @@ class Tracker:
             try:
                 for name, row in (await self.rows(names)).items():
                     if (unit := self._units.get(name)) and unit.armed and unit.final is None:
+                        self.beat(_LOOK_SEC)
                         await self._apply(unit, row)
             except BusGone as error:
                 logger.debug("cannot look at %d units: %s", len(names), error)
                 self._again(names)
+                self.beat(math.inf)  # the bus is away for as long as it is away
                 await self._bus.wait_connected()
                 # Connected, yet the call failed: systemd is about to leave or to come back.
                 await asyncio.sleep(_RETRY_SEC / 10)
