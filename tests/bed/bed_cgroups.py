@@ -239,12 +239,22 @@ def _users(folder: Path) -> str:
     return f"the processes {', '.join(known[:5])}" if known else "the kernel"
 
 
-def _step_back(own: Path) -> None:
-    """Undo _step_aside when the last bed below `own` is gone."""
+def _step_back(own: Path, timeout: float = 5.0) -> None:
+    """Undo _step_aside when the last bed below `own` is gone. Raises OSError if it cannot be."""
     aside = own / CALLER
     if not aside.is_dir() or any(own.glob(PREFIX + "*")):
         return
     control = own / "cgroup.subtree_control"
-    control.write_text(" ".join(f"-{controller}" for controller in control.read_text().split()))
-    _move({int(pid) for pid in (aside / "cgroup.procs").read_text().split()}, own)
-    aside.rmdir()
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            words = control.read_text().split()
+            control.write_text(" ".join(f"-{controller}" for controller in words))
+            _move({int(pid) for pid in (aside / "cgroup.procs").read_text().split()}, own)
+            aside.rmdir()
+            return
+        except OSError as error:
+            # A process that has just been killed, or was just forked, is still in there.
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)

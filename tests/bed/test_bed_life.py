@@ -19,6 +19,8 @@ import bed_state
 from bed import PROJECT, Bed
 from bed_kernel import BedError, Process
 
+from tests.slowness import SLOWNESS
+
 PROGRAM = [sys.executable, str(Path(__file__).with_name("bed.py"))]
 
 
@@ -66,7 +68,7 @@ def _output(bed: Bed, *command: str) -> str:
 
 
 def _eventually(what: str, condition: Callable[[], bool], timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * SLOWNESS
     while not condition():
         assert time.monotonic() < deadline, f"not in time: {what}"
         time.sleep(0.01)

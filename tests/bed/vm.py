@@ -9,7 +9,9 @@
     vm.py pull SOURCE TARGET     … and out of it
     vm.py down                   end it; what was written inside is lost
     vm.py status                 whether it is up
-    vm.py test [-- PYTEST…]      run the project's tests in it, from `up` to `down`
+    vm.py test [--part PART] [-- PYTEST…]
+                                 run the project's tests in it, from `up` to `down`; `core` is
+                                 the part that takes minutes, see vm_tests.py
 
 --suite bookworm (systemd 252, the default) or trixie (257) comes after the verb. The exit status
 is the command's; 125 where the machine itself failed. All of it lies in
@@ -91,8 +93,9 @@ def _test(image: Image, options: argparse.Namespace) -> int:
         vm_tests.packages(image)
         try:
             _up(image, tied=True)
-            parts = [options.part] if options.part else vm_tests.PARTS
-            return vm_tests.run(image, image.machine, parts, options.command, options.timeout)
+            return vm_tests.run(
+                image, image.machine, options.part, options.command, options.timeout
+            )
         finally:
             image.machine.down()
 
@@ -148,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         elif action == "runas":
             made.add_argument("user")
         elif action == "test":
-            made.add_argument("--part", choices=vm_tests.PARTS, help="only these")
+            made.add_argument("--part", choices=vm_tests.PARTS, default="all")
         if action in ("run", "runas", "test"):
             limit = _TEST_TIMEOUT_SEC if action == "test" else None
             made.add_argument("--timeout", type=float, metavar="SECONDS", default=limit)

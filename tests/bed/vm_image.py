@@ -111,6 +111,7 @@ class Image:
 
     def ensure(self, *, again: bool = False) -> bool:
         """Make the image where that is needed; whether it was. Call it locked."""
+        self.machine.check_place()
         problem = "that is asked for" if again else self.problem()
         if problem is None:
             return False
@@ -119,16 +120,19 @@ class Image:
                 f"the image of {self.suite} has to be made anew ({problem}), "
                 f"but the machine is up: `vm.py down --suite {self.suite}`"
             )
-        print(f"vm: making the image of {self.suite}: {problem}", flush=True)
-        began = time.monotonic()
-        # A damaged one is of no use, and its space is needed.
-        shutil.rmtree(self.folder, ignore_errors=True)
-        draft = self.home / "image.new"
-        shutil.rmtree(draft, ignore_errors=True)
-        vm_host.check_disk(self.home, _NEEDED_MIB)
         with (self.home / "build.log").open("w") as log:
             vm_host.install_what_is_missing(log)
             vm_host.check_to_run(MEMORY_MIB)
+            # With qemu back, an image that it has made before may be right again.
+            if not again and (problem := self.problem()) is None:
+                return False
+            print(f"vm: making the image of {self.suite}: {problem}", flush=True)
+            began = time.monotonic()
+            # A damaged one is of no use, and its space is needed.
+            shutil.rmtree(self.folder, ignore_errors=True)
+            draft = self.home / "image.new"
+            shutil.rmtree(draft, ignore_errors=True)
+            vm_host.check_disk(self.home, _NEEDED_MIB)
             draft.mkdir(mode=0o700)
             try:
                 self._make(draft, log)

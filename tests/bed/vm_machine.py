@@ -30,6 +30,8 @@ _RESTORE_TIMEOUT_SEC = 60.0
 _BOOT_TIMEOUT_SEC = 300.0
 _ANSWER_TIMEOUT_SEC = 30.0
 _SSH_FAILED = 255  # ssh's own status; a command may have the same
+# Sockets' names have 107 bytes at most (unix(7)), and ssh adds 17 of its own while it makes one.
+_LONGEST_FOLDER = 85
 # What a saved state belongs to, so that it is in the stamp of an image.
 # Nehalem has all that Debian's programs use, and no AVX, which is slow to emulate.
 HARDWARE = [
@@ -51,6 +53,15 @@ class Machine:
         self.run_folder = run
         self.console = run / "console.log"
         self._started: subprocess.Popen[bytes] | None = None
+
+    def check_place(self) -> None:
+        """Raise BedError where the machine cannot work in its folder."""
+        name = os.fsencode(self.run_folder)
+        if len(name) > _LONGEST_FOLDER or b"," in name:
+            raise BedError(
+                f"{self.run_folder} cannot be used: qemu and ssh take neither a comma nor more "
+                f"than {_LONGEST_FOLDER} bytes; name another folder in FFMPEG_WORKER_VM"
+            )
 
     # --- the process ---------------------------------------------------------------------------
 
@@ -117,7 +128,7 @@ class Machine:
             )
         process = Process.of(self._started.pid)
         if process is None:
-            raise BedError(f"qemu ended at once: {self._said()}")
+            raise BedError(f"qemu ended at once: {self.said()}")
         values = {"process": asdict(process), "port": port}
         (self.run_folder / "machine.json").write_text(json.dumps(values))
 
@@ -155,11 +166,12 @@ class Machine:
             time.sleep(0.1)
         why = "does not answer" if self.process is not None else "has ended"
         raise BedError(
-            f"the virtual machine {why} after {timeout:.0f} s at most: {self._said()}; "
+            f"the virtual machine {why} after {timeout:.0f} s at most: {self.said()}; "
             "`vm.py build --again` makes it anew"
         )
 
-    def _said(self) -> str:
+    def said(self) -> str:
+        """The last lines of qemu and of the guest's console."""
         lines = []
         for path in (self.run_folder / "qemu.log", self.console):
             with contextlib.suppress(FileNotFoundError):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.slowness import SLOWNESS
 from worker.systemd.attachment import ScopeLimits, scope_name
 from worker.systemd.bus import Bus
 from worker.systemd.processes import InForce, Processes, limits_in_force
@@ -80,7 +81,7 @@ async def refused(*command: str) -> str:
 
 async def until(condition: Callable[[], bool], timeout: float = 15) -> None:
     """Wait for something that has no event of its own."""
-    async with asyncio.timeout(timeout):
+    async with asyncio.timeout(timeout * SLOWNESS):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -91,7 +92,7 @@ async def units() -> list[str]:
 
 
 async def no_units() -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(15 * SLOWNESS):
         while await units():
             await asyncio.sleep(0.02)
 
@@ -200,7 +201,7 @@ async def test_the_memory_limit_kills_a_foreign_ffmpeg(foreign: Foreign) -> None
         for _ in range(200):
             process.stdin.write(bytes(FRAME_BYTES))
             await process.stdin.drain()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(20 * SLOWNESS):
         assert await process.wait() == -signal.SIGKILL
 
 
@@ -213,7 +214,7 @@ async def test_without_the_memory_limit_it_lives(foreign: Foreign) -> None:
         process.stdin.write(bytes(FRAME_BYTES))
         await process.stdin.drain()
     process.stdin.close()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(60 * SLOWNESS):
         assert await process.wait() == 0
 
 
@@ -231,16 +232,17 @@ async def test_the_time_limit_ends_all_of_it(foreign: Foreign) -> None:
     output = await attach(process.pid, "--timeout", "1")
     assert "time: ends in 1 s" in output
     members = family(process.pid)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(5 * SLOWNESS):
         assert await process.wait() == -signal.SIGTERM
     await until(lambda: not any(LOOK.unit(pid) == scope_name(process.pid) for pid in members))
 
 
 async def test_detach_lifts_the_time_limit_too(foreign: Foreign) -> None:
     process = await foreign.start(*SLEEP)
-    await attach(process.pid, "--timeout", "3")
+    limit, begun = 3 + round(SLOWNESS / 2), time.monotonic()  # the two commands take less
+    await attach(process.pid, "--timeout", str(limit))
     await detach(process.pid)
-    await asyncio.sleep(4)
+    await asyncio.sleep(begun + limit + 2 - time.monotonic())
     assert process.returncode is None
 
 
@@ -473,7 +475,7 @@ async def test_in_the_user_s_own_manager(foreign: Foreign, tmp_path: Path) -> No
     )
     try:
         await until(lambda: (tmp_path / "bus").exists())
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(15 * SLOWNESS):
             while (await run("busctl", "--user", "status", "org.freedesktop.systemd1",
                              check=False, environment=place))[0]:  # fmt: skip
                 await asyncio.sleep(0.05)

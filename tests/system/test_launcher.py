@@ -19,7 +19,11 @@ from pathlib import Path
 import pytest
 
 from tests.slowness import SLOWNESS
-from worker.errors import SystemdError, UnitExists
+from worker.errors import Reason, SystemdError, UnitExists
+from worker.jobs.judge import judge
+from worker.jobs.outcome import Intent
+from worker.jobs.progress import LogFacts
+from worker.jobs.spec import Limits
 from worker.systemd.launch import Launch, UnitLimits
 from worker.systemd.launcher import Launcher
 from worker.systemd.names import Step, slice_name, unit_name
@@ -143,19 +147,29 @@ async def test_half_a_core_is_half_a_core(launcher: Launcher, jobs: Jobs) -> Non
 
 
 async def test_a_memory_limit_kills_and_is_told_every_time(launcher: Launcher, jobs: Jobs) -> None:
+    """The program alone, as a child, and as two children at once.
+
+    systemd may end the unit before the usage record is written: verdict and peak stand all the
+    same.
+    """
     program = (PYTHON, "-c", HOG)
     child = ("/bin/sh", "-c", f"{PYTHON} -c '{HOG}'; exit $?")
-    seen = []
-    for number in range(20):
-        argv = child if number % 2 else program
+    two = ("/bin/sh", "-c", f"{PYTHON} -c '{HOG}' & {PYTHON} -c '{HOG}'; x=$?; wait; exit $x")
+    limits = Limits(cpu_percent=100, memory_mb=64, disk_mb=100, timeout_sec=60)
+    for number in range(24):
+        argv = (program, child, two)[number % 3]
         unit = await launcher.start(jobs.launch(*argv, job=f"oom-{number}", memory_bytes=64 * MIB))
         state = await unit.finished()
         usage = await unit.usage()
-        seen.append((state.active_state, bool(usage.oom_kills)))
-        assert usage.memory_peak_bytes is not None
-        assert 60 * MIB < usage.memory_peak_bytes <= 64 * MIB
+        seen = f"{number}: {state}, {usage}"
+        outcome = judge(state, usage, Intent.NONE, LogFacts(), limits)
+        assert outcome.reason is Reason.RESOURCE_ERROR, seen
+        assert outcome.message.startswith("memory limit of 64 MB exceeded"), seen
+        assert state.active_state == "failed", seen
+        assert usage.memory_peak_bytes is not None, seen
+        assert 60 * MIB < usage.memory_peak_bytes <= 64 * MIB, seen
+        print(seen)
         await unit.reap()
-    assert seen == [("failed", True)] * 20
 
 
 async def test_a_kill_is_not_taken_for_lack_of_memory(launcher: Launcher, jobs: Jobs) -> None:
@@ -248,7 +262,7 @@ async def test_stop_of_a_program_that_ignores_it(launcher: Launcher, jobs: Jobs)
     )
     begun = time.monotonic()
     await unit.stop()
-    assert 1.5 < time.monotonic() - begun < 6
+    assert 1.5 < time.monotonic() - begun < 5 + SLOWNESS
     assert unit.state.exec_main_status == signal.SIGKILL
     await unit.reap()
 

@@ -194,6 +194,25 @@ def test_killed_test_takes_the_machine_with_it() -> None:
 
 
 @pytest.mark.usefixtures("down")
+def test_machine_that_hangs_while_it_tests_is_ended() -> None:
+    """ssh gives up after two minutes without an answer."""
+    command = [*PROGRAM, "test", "--suite", SUITE, "--part", "core"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout is not None
+        while "== core tests" not in (line := process.stdout.readline()):
+            assert line, process.communicate()
+        qemu = Image(SUITE).machine.process
+        assert qemu is not None
+        os.kill(qemu.pid, signal.SIGSTOP)
+        _, said = process.communicate(timeout=300)
+    assert process.returncode == 125
+    assert said.startswith("vm: the virtual machine hung or died in the core tests, and is ended: ")
+    assert said.count("\n") == 1
+    assert not qemu.alive
+
+
+@pytest.mark.usefixtures("down")
 def test_saved_state_that_cannot_be_restored_is_booted_around() -> None:
     image = Image(SUITE)
     state, aside = image.folder / "state", image.home / "state.aside"

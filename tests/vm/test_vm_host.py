@@ -118,6 +118,29 @@ def test_folder_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
         Image("bookworm")
 
 
+@pytest.mark.parametrize("name", ["with, comma", "x" * 80])
+def test_folder_that_qemu_and_ssh_cannot_take(tmp_path: Path, name: str) -> None:
+    environment = os.environ | {"FFMPEG_WORKER_VM": str(tmp_path / name)}
+    status, said = _program("up", env=environment)
+    assert (status, said.count("\n")) == (125, 1)
+    assert "cannot be used: qemu and ssh take neither a comma" in said
+    assert "name another folder in FFMPEG_WORKER_VM" in said
+
+
+def test_image_stays_where_none_could_be_made(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BedError("no qemu")
+
+    monkeypatch.setattr(image, "problem", lambda **_: "it was made by another recipe")
+    monkeypatch.setattr(image.machine, "check_place", lambda: None)
+    monkeypatch.setattr(vm_host, "install_what_is_missing", refuse)
+    with pytest.raises(BedError, match="no qemu"):
+        image.ensure()
+    assert (image.folder / "base.img").exists()
+
+
 # --- where packages come from -------------------------------------------------------------------
 
 
