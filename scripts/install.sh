@@ -2,7 +2,7 @@
 # Install ffmpeg-worker as a system service from this checkout, or upgrade it.
 #
 #   install.sh [--wheels DIR]       install or upgrade (the same command)
-#   install.sh --uninstall          remove it; configuration, data and logs stay
+#   install.sh --uninstall          end its jobs and remove it; configuration, ledger, logs stay
 #   install.sh --uninstall --purge  remove these too
 #
 # --wheels DIR takes every Python package from DIR (see `make wheels`) and needs no network.
@@ -10,7 +10,8 @@
 #
 # The program is a venv of its own below /opt/ffmpeg-worker/releases. `current` points at the one
 # in use and is switched only when the new one is complete and runs: an upgrade that fails leaves
-# everything as it was. The release before is kept.
+# everything as it was. The release before is kept. Jobs run on during an upgrade: they are units of
+# their own, and the new worker follows them.
 set -euo pipefail
 umask 022
 
@@ -30,6 +31,10 @@ warn() { echo "install: warning: $*" >&2; }
 die() { echo "install: $*" >&2; exit 1; }
 has() { command -v "$1" >/dev/null 2>&1; }
 systemd_runs() { [ -d /run/systemd/system ]; }
+
+count_jobs() { # how many units of jobs run
+  systemctl list-units --plain --no-legend --state=running 'ffmpeg-job-*.service' | wc -l
+}
 
 package_hint() { # what to type for a package: Debian's name, RHEL's name
   if has apt-get; then echo "apt-get install $1"
@@ -139,8 +144,12 @@ start_service() {
     say "installed and enabled. systemd does not run here, so the service starts with the next boot."
     return
   fi
+  local running
+  running=$(count_jobs)
+  # On a restart, unlike on a stop, the worker leaves its jobs running.
   systemctl restart "$SERVICE" || die "installed, but the service does not start: journalctl -u $SERVICE"
   say "installed and running: systemctl status $SERVICE"
+  [ "$running" = 0 ] || say "jobs that ran meanwhile and run on: $running; systemctl status 'ffmpeg-job-*' shows them."
 }
 
 install_all() {
@@ -167,8 +176,15 @@ install_all() {
 }
 
 uninstall_all() {
-  # Each of these fails where there is nothing (left) to stop, which is as good.
-  ! systemd_runs || systemctl stop "$SERVICE" 'ffmpeg-job-*.service' ffmpeg.slice 2>/dev/null || true
+  if systemd_runs; then
+    local running
+    running=$(count_jobs)
+    [ "$running" = 0 ] || say "stopping the worker; it sees its jobs off as STOP_MODE says (running: $running)."
+    # The worker first: it is to hand its jobs back, which it could not if they were ended for it.
+    # Both fail where there is nothing (left) to stop, which is as good.
+    systemctl stop "$SERVICE" 2>/dev/null || true
+    systemctl stop 'ffmpeg-job-*.service' ffmpeg.slice 2>/dev/null || true
+  fi
   systemctl --quiet disable "$SERVICE" 2>/dev/null || true
   rm -f "${UNITS[@]/#/$UNIT_DIR/}" "$LOGROTATE"
   case $(readlink "$PROGRAM" || true) in "$PREFIX"/*) rm -f "$PROGRAM" ;; esac
@@ -184,6 +200,8 @@ uninstall_all() {
     say "removed, with its configuration, data and logs."
   else
     say "removed. These stay (--purge removes them): $ETC $DATA $LOGS, drop-ins in $UNIT_DIR."
+    [ ! -e "$DATA/ledger.db" ] ||
+      say "$DATA/ledger.db knows every job, and the results that the master does not have yet: a worker installed later sends them."
   fi
 }
 

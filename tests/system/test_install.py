@@ -233,6 +233,48 @@ def test_started_and_restarted_once_there_is_a_master() -> None:
     assert seen == ["https://192.168.1.100:8080", "/var/log/ffmpeg-worker/worker.log"]
 
 
+JOB = "ffmpeg-job-installed.service"
+
+
+@pytest.fixture
+def job() -> Iterator[str]:
+    """A unit of the kind that jobs are; its invocation."""
+    run("systemd-run", "--unit", JOB, "--slice", "ffmpeg-batch.slice", "sleep", "1000")
+    yield show(JOB, "InvocationID")
+    run("systemctl", "stop", JOB, check=False)
+
+
+@pytest.mark.usefixtures("with_a_master")
+def test_jobs_run_on_during_an_upgrade(job: str) -> None:
+    stand_in("systemd-notify --ready; exec sleep 1000")
+    install()
+    done = install()
+    assert show(SERVICE, "ActiveState") == "active"
+    assert (show(JOB, "ActiveState"), show(JOB, "InvocationID")) == ("active", job)
+    assert "run on: 1; systemctl status" in done.stdout
+
+
+@pytest.mark.usefixtures("with_a_master", "job")
+def test_uninstall_has_the_worker_see_its_jobs_off() -> None:
+    ledger = Path("/var/lib/ffmpeg-worker/ledger.db")
+    ledger.touch()
+    seen = ledger.with_name("seen")
+    # What it finds when it is told to stop: a job that nobody has stopped before it.
+    stand_in(
+        f'trap "systemctl is-active {JOB} >seen; sleep 1; systemctl is-active {JOB} >>seen; exit" '
+        "TERM; systemd-notify --ready; while :; do sleep 0.1; done"
+    )
+    install()
+    done = run(INSTALL, "--uninstall")
+    assert seen.read_text() == "active\nactive\n"
+    assert show(JOB, "ActiveState") == "inactive"
+    assert "as STOP_MODE says (running: 1)" in done.stdout
+    assert f"{ledger} knows every job" in done.stdout
+    assert ledger.exists()
+    ledger.unlink()
+    install()
+
+
 @pytest.mark.usefixtures("with_a_master")
 def test_a_configuration_error_is_told_and_not_tried_again() -> None:
     stand_in("exit 2")

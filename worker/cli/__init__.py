@@ -109,6 +109,10 @@ def _dispatch(arguments: Arguments, resolved: Resolved) -> int:
         from worker.cli.drain import undrain
 
         return undrain(settings)
+    if arguments.command == "history":
+        from worker.cli.history import history
+
+        return history(settings, arguments.job_id, limit=arguments.limit, as_json=arguments.json)
     from worker.cli.agent import run as run_agent
 
     return run_agent(settings)

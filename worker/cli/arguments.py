@@ -17,7 +17,7 @@ from worker.config import KEYS
 from worker.config.keys import BOOLEAN_WORDS
 from worker.errors import ConfigError
 
-COMMANDS = ("run", "check", "attach", "detach", "drain", "undrain")
+COMMANDS = ("run", "check", "attach", "detach", "drain", "undrain", "history")
 _BOOLEANS = frozenset(key.flag for key in KEYS if key.boolean)
 _LIMITS = {
     "--cpu-percent": ("N", "CPU, 100 is one core"),
@@ -25,8 +25,7 @@ _LIMITS = {
     "--timeout": ("S", "seconds from now: then the processes are ENDED (SIGTERM, then SIGKILL)"),
 }
 """Flags of attach; the last one is of drain --wait as well."""
-_VALUED = frozenset(key.flag for key in KEYS if not key.boolean) | {"--config", *_LIMITS}
-_PLAIN = frozenset({"--help", "--version", "--wait"})
+_VALUED = frozenset(key.flag for key in KEYS if not key.boolean) | {"--config", "--limit", *_LIMITS}
 _GROUPS = {
     "master": "the master",
     "node": "this node",
@@ -40,7 +39,8 @@ _USAGE = """ffmpeg-worker [flags]                      take jobs from a master
        ffmpeg-worker attach [flags] PID          limit a running process and its children
        ffmpeg-worker detach [flags] PID          lift these limits, the process goes on
        ffmpeg-worker drain [--wait] [flags]      have the running worker take no new jobs
-       ffmpeg-worker undrain [flags]             have it take jobs again"""
+       ffmpeg-worker undrain [flags]             have it take jobs again
+       ffmpeg-worker history [flags] [JOB_ID]    show the jobs accepted here, or all of one"""
 _EPILOG = """\
 Each flag but --user, --config and the accepted ones has an environment variable (in [brackets]),
 which may also stand in the --config FILE (KEY=value lines, as in systemd's EnvironmentFile=).
@@ -64,6 +64,12 @@ class Arguments:
     """Of ``drain``."""
     timeout: str = ""
     """Of ``drain`` with ``wait``, as written."""
+    job_id: str = ""
+    """Of ``history``; empty: all jobs."""
+    limit: str = ""
+    """Of ``history``, as written."""
+    json: bool = False
+    """Of ``history``."""
     answer: str = ""
     """What ``--help`` or ``--version`` asked for; then nothing is to be run."""
 
@@ -88,7 +94,11 @@ def parse(argv: Sequence[str]) -> Arguments:
         return Arguments(answer=f"ffmpeg-worker {__version__}")
     config_file = given.pop("--config")
     limits = {flag: text for flag in _LIMITS if (text := given.pop(flag))}
-    wait = bool(given.pop("--wait"))
+    wait, as_json, limit = (
+        bool(given.pop("--wait")),
+        bool(given.pop("--json")),
+        given.pop("--limit"),
+    )
     values = {flag: text for flag, text in given.items() if text}
 
     command, rest = (words[0], words[1:]) if words else ("", [])
@@ -99,12 +109,20 @@ def parse(argv: Sequence[str]) -> Arguments:
     timeout = limits.pop("--timeout", "") if command == "drain" else ""
     if timeout and not wait:
         parser.error("--timeout: drain takes it together with --wait")
+    if (as_json or limit) and command != "history":
+        parser.error(f"{'--json' if as_json else '--limit'}: only for history")
     if limits and command != "attach":
         parser.error(f"{', '.join(limits)}: only for attach")
     if command in ("attach", "detach"):
         if len(rest) != 1:
             parser.error(f"{command} takes one PID")
         return Arguments(command, values, config_file, pid=rest[0], limits=limits)
+    if command == "history":
+        if len(rest) > 1:
+            parser.error("history takes one JOB_ID or none")
+        return Arguments(
+            command, values, config_file, job_id="".join(rest), limit=limit, json=as_json
+        )
     if len(rest) != (1 if command == "run" else 0):
         parser.error(
             "run takes one JOB.json, or - for standard input"
@@ -172,6 +190,17 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="until no job runs and every result is delivered; with --timeout S: for S seconds, "
         "then fail",
+    )
+    section = parser.add_argument_group("history")
+    section.add_argument(
+        "--limit",
+        dest="--limit",
+        default="",
+        metavar="N",
+        help="the N newest (20; of one job: all)",
+    )
+    section.add_argument(
+        "--json", dest="--json", action="store_true", help="one JSON list, for programs"
     )
     for group, title in _GROUPS.items():
         section = parser.add_argument_group(title)

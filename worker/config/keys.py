@@ -274,7 +274,7 @@ KEYS: tuple[Key, ...] = (
         "stop_grace",
         duration(0, 3600),
         "node",
-        "how long a stop waits for running jobs (30s)",
+        "how long a stop with handback waits for running jobs to end (30s)",
         metavar="DURATION",
     ),
     _key(
