@@ -159,7 +159,9 @@ class Execution:
         result is on record.
         """
         begun_at = datetime.fromtimestamp(self._accepted_at, UTC)
-        begun = time.monotonic() - max(0.0, time.time() - self._accepted_at)
+        begun = time.monotonic()
+        if self.steps.resumed:
+            begun -= max(0.0, time.time() - self._accepted_at)
         try:
             outcome = await self._work()
         except Left:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from worker.control import Status
 from worker.dispatch import Dispatcher
+from worker.errors import SystemdError
 from worker.jobs.outcome import Intent
 from worker.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
+ORDER_SEC = 30.0
 _DRAINING = "draining"
 
 
@@ -33,15 +36,24 @@ class JobOrders:
     async def paused(self, job_id: str) -> None:
         """A job that has no unit just now is paused at the next look."""
         if execution := self._running.get(job_id):
-            await execution.steps.pause()
+            await _soon(execution.steps.pause())
 
     async def resumed(self, job_id: str) -> None:
         if execution := self._running.get(job_id):
-            await execution.steps.resume()
+            await _soon(execution.steps.resume())
 
     def is_paused(self, job_id: str) -> bool:
         execution = self._running.get(job_id)
         return execution is not None and execution.steps.paused
+
+
+async def _soon(order: Coroutine[None, None, None]) -> None:
+    """Raises SystemdError also if systemd does not take the order for long: it is repeated."""
+    try:
+        async with asyncio.timeout(ORDER_SEC):
+            await order
+    except TimeoutError:
+        raise SystemdError(f"systemd has not answered for {ORDER_SEC:g} s") from None
 
 
 class Draining:

@@ -349,6 +349,7 @@ class Steps:
         if step is Step.PROBE:
             if self.resumed:  # looked at by an agent that died meanwhile: look again
                 await self._launcher.stop_and_reap(launch.unit)
+                launch.stdout.unlink(missing_ok=True)  # else the new answer follows the old one
         elif record is None:
             kept = {
                 "cpu_percent": limits.cpu_percent,

@@ -87,7 +87,8 @@ class Scene:
         self.waits, self.usage = waits, usage or Usage()
 
     def play(self, launch: Launch) -> None:
-        launch.stdout.write_text(self.stdout)
+        with launch.stdout.open("a") as file:  # as systemd does
+            file.write(self.stdout)
         report = launch.environment["FFREPORT"].removeprefix("file=").removesuffix(":level=40")
         Path(report).write_text(self.log)
         if self.output is not None and launch.argv[-1].startswith("file:"):

@@ -152,6 +152,29 @@ def test_sudden_changes_of_the_file_are_refused_or_harmless(path: Path, tmp_path
     assert refused >= 5
 
 
+def test_what_is_refused_keeps_its_log(ledger: Ledger, path: Path, tmp_path: Path) -> None:
+    """Closing a database writes its log into it, and removes the log."""
+    ledger.accept(JOB)
+    crashed = copy(path, tmp_path / "crashed")
+    # The log has all pages of the tables but this one, which is damaged.
+    pages = crashed.read_bytes()
+    for page in range(1, len(pages) // schema.PAGE_BYTES):
+        start = page * schema.PAGE_BYTES
+        broken = pages[:start] + b"\xff" * schema.PAGE_BYTES + pages[start + schema.PAGE_BYTES :]
+        crashed.write_bytes(broken)
+        log = log_of(crashed).read_bytes()
+        assert log
+        try:
+            read(crashed)
+        except LedgerError:
+            assert crashed.read_bytes() == broken
+            assert log_of(crashed).read_bytes() == log
+            return
+        shutil.rmtree(crashed.parent)
+        crashed = copy(path, crashed.parent)
+    pytest.fail("no page of the file is looked at")
+
+
 def ways_to_damage() -> dict[str, Callable[[Path], object]]:
     def other(path: Path) -> None:
         path.unlink()

@@ -12,6 +12,7 @@ import pytest
 
 from worker.control import News
 from worker.dispatch import Dispatcher
+from worker.errors import SystemdError
 from worker.jobs.outcome import Intent
 from worker.ledger import Ledger
 from worker.steering import Draining, JobOrders
@@ -58,6 +59,20 @@ async def test_what_the_master_wants_of_a_job() -> None:
     for order in (orders.paused, orders.resumed, orders.cancelled):
         await order("ended meanwhile")
     assert not orders.is_paused("ended meanwhile")
+
+
+async def test_an_order_that_systemd_does_not_take_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stuck(FakeSteps):
+        async def pause(self) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("worker.steering.ORDER_SEC", 0.01)
+    dispatcher = FakeDispatcher()
+    dispatcher.running["a"] = SimpleNamespace(steps=Stuck())
+    with pytest.raises(SystemdError, match="has not answered"):
+        await JobOrders(cast("Dispatcher", dispatcher)).paused("a")
 
 
 @pytest.fixture

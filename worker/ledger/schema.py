@@ -71,9 +71,14 @@ def connect(path: Path, migrations: Sequence[str] = MIGRATIONS) -> sqlite3.Conne
     try:
         if not _exists(path):
             _make(path, migrations)
+        # Read-only, or closing it would write the log into a file that is not trusted.
+        db = _connection(path, "ro")
+        try:
+            _check(db, path, len(migrations))
+        finally:
+            db.close()
         db = _connection(path)
         try:
-            _check(db, path)
             _migrate(db, path, migrations)
             _tune(db)
         except BaseException:
@@ -168,17 +173,17 @@ def _make(path: Path, migrations: Sequence[str]) -> None:
         os.close(folder)
 
 
-def _connection(path: Path) -> sqlite3.Connection:
+def _connection(path: Path, mode: str = "rw") -> sqlite3.Connection:
     db = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=5.0, isolation_level=None,
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=5.0, isolation_level=None,
         check_same_thread=False,
     )  # fmt: skip
     db.execute("PRAGMA synchronous = FULL")
     return db
 
 
-def _check(db: sqlite3.Connection, path: Path) -> None:
-    """Raise LedgerError unless the file is a sound ledger."""
+def _check(db: sqlite3.Connection, path: Path, known: int) -> None:
+    """Raise LedgerError unless the file is a sound ledger of a known version."""
     [[owner]] = db.execute("PRAGMA application_id")
     if owner != APPLICATION_ID:
         raise damaged(path, "it is a database of another program")
@@ -188,15 +193,16 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
         raise damaged(path, "; ".join(problems))
     if db.execute("PRAGMA foreign_key_check").fetchone():
         raise damaged(path, "parts of it belong to entries that are not there")
+    [[version]] = db.execute("PRAGMA user_version")
+    if version > known:
+        raise LedgerError(
+            f"the ledger {path} is of version {version}, and this worker knows versions up to "
+            f"{known}; install the newer worker again, or move the file away: {_LOST}"
+        )
 
 
 def _migrate(db: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
     [[version]] = db.execute("PRAGMA user_version")
-    if version > len(migrations):
-        raise LedgerError(
-            f"the ledger {path} is of version {version}, and this worker knows versions up to "
-            f"{len(migrations)}; install the newer worker again, or move the file away: {_LOST}"
-        )
     # Foreign keys are off here, as a script that builds a table anew needs it (sqlite.org,
     # ALTER TABLE, "Making Other Kinds Of Table Schema Changes").
     for target, script in enumerate(migrations[version:], version + 1):
