@@ -19,6 +19,7 @@ from worker.dispatch import Dispatcher
 from worker.ending import Ending, end_silence, silence_left
 from worker.errors import (
     JobUnknown,
+    LedgerError,
     MasterRefused,
     MasterUnreachable,
     SystemdError,
@@ -54,7 +55,8 @@ BUS_PATIENCE_SEC = 30.0
 CLOSE_SECONDS = 3.0
 REQUEST_SEC = 180.0
 """No request to the master, with all that belongs to it, takes longer."""
-_CAPABILITIES = "capabilities"
+MOST_NODE_IDS = 20
+_CAPABILITIES, _NODE_IDS = "capabilities", "node ids"
 
 
 class Agent:
@@ -230,6 +232,8 @@ class Agent:
             on_answer=self._metrics.set_master_up,
             in_doubt=True,
             run_by_others=recovery.run_by_others,
+            node_ids=_texts(self._ledger.get(_NODE_IDS)),
+            on_registered=self._known_as,
             sleep=self._beating("heartbeats"),
         )
         for entry in (*found.begun, *found.owed, *found.unstarted):
@@ -247,6 +251,15 @@ class Agent:
         for entry in found.unstarted:
             await self._begin_if_ours(entry, session)
         await self._dispatcher.run(session)
+
+    async def _known_as(self, node_id: str) -> None:
+        """Remember the node's ids: a job may have been handed out under any of the last ones."""
+        ids = [*(name for name in _texts(self._ledger.get(_NODE_IDS)) if name != node_id), node_id]
+        try:
+            text = json.dumps(ids[-MOST_NODE_IDS:])
+            await self._ledger.run(self._ledger.put, _NODE_IDS, text)
+        except LedgerError as error:
+            logger.error("the node's id is not on record: %s", error)
 
     async def _look_around(self) -> NodeFacts:
         """What this machine is and, found out meanwhile, which limits hold on it."""
@@ -333,8 +346,15 @@ class Agent:
             on_gone=orders.gone,
             on_paused=orders.paused,
             on_resumed=orders.resumed,
+            busy=self._busy,
             sleep=self._beating("watch"),
         )
+
+    async def _busy(self) -> None:
+        """Until a job runs, for the watch: it need not wake up while none does."""
+        self._pulse.parked("watch")
+        while not self._dispatcher.running:
+            await self._dispatcher.news.wait()
 
     def _beating(self, loop: str) -> Callable[[float], Awaitable[None]]:
         """A sleep that tells the watchdog how long it may take until the loop is seen again."""
@@ -423,3 +443,9 @@ def _capabilities(text: str | None) -> Capabilities | None:
         return Capabilities(**fields)
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def _texts(text: str | None) -> list[str]:
+    """A list of texts as it was put into the ledger; empty if there is none."""
+    found = json.loads(text or "[]")
+    return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []

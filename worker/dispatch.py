@@ -223,7 +223,9 @@ class Dispatcher:
         known = self._ledger.find(job) if "retry_count" in job.model_fields_set else None
         if known and (known.result or known.steps or known.state is State.ACCEPTED):
             return known
-        return self._ledger.accept(job)
+        entry = self._ledger.accept(job)
+        self._ledger.supersede(entry.id)  # of which nothing runs: reports are dealt with
+        return entry
 
     async def _go_on(self, running: Execution, job: Job) -> None:
         """The master queued a job again although it runs here, e.g. after 30 minutes.
@@ -301,9 +303,8 @@ class Dispatcher:
         finally:
             if stale is not None:
                 stale.cancel()
-            del self.running[execution.job.id]
-            del self._jobs[execution.job.id]
-            del self._acceptances[execution.job.id]
+            for held in (self.running, self._jobs, self._acceptances):
+                held.pop(execution.job.id, None)
             self._repeated.discard(execution.job.id)
             self._slot_freed.set()
             self.tell_change()

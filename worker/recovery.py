@@ -84,7 +84,12 @@ class Recovery:
     async def look(self) -> Found:
         """Sort out what is there. Raises SystemdError, LedgerError."""
         entries = await self._ledger.run(self._ledger.unreaped)
-        found = sort_out(entries, await self._launcher.leftovers(), self._work_dir)
+        newest = {entry.job.id: entry for entry in entries}
+        for entry in newest.values():
+            await self._ledger.run(self._ledger.supersede, entry.id)
+        loaded = await self._launcher.leftovers()
+        found = sort_out(newest.values(), loaded, self._work_dir)
+        self._launcher.sweep(loaded)
         self._foreign = frozenset(found.foreign)
         if found.foreign:
             logger.warning(

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 DISK_WARN_RATIO = 0.90
 DISK_FULL_RATIO = 0.95
 STATUS_SECONDS = 5.0
+"""The longest time between two looks at what the status line tells."""
+STATUS_PAUSE_SECONDS = 1.0
+"""The shortest: jobs may begin and end by the dozen, and each look costs half a millisecond."""
 ATTACHMENTS_SECONDS = 15.0
 """Between two counts of what is attached; each costs systemd a walk over its units."""
 HISTORY_SECONDS = 3600.0
@@ -83,6 +86,7 @@ class Upkeep:
             dispatcher.changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_SECONDS):
+                    await asyncio.sleep(STATUS_PAUSE_SECONDS)
                     await dispatcher.changed.wait()
 
     async def attached(self) -> None:

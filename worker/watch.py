@@ -84,6 +84,8 @@ class Watch:
         as well, as a clause (``it is with node X at the master``).
     ``on_paused``, ``on_resumed``
         The job is to be held, or to go on.
+    ``busy``
+        Returns when a job runs; may return sooner. Without it that is looked for each second.
     ``clock``, ``cpu_clock``, ``sleep``, ``backoff``, ``slow``
         Stand in for time and chance in tests. ``cpu_clock`` is the CPU time of this thread.
     """
@@ -100,6 +102,7 @@ class Watch:
         on_gone: Callable[[str, str], Awaitable[None]],
         on_paused: Told,
         on_resumed: Told,
+        busy: Callable[[], Awaitable[None]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         cpu_clock: Callable[[], float] = time.thread_time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -115,6 +118,7 @@ class Watch:
         self._on_gone = on_gone
         self._on_paused = on_paused
         self._on_resumed = on_resumed
+        self._busy = busy
         self._clock = clock
         self._cpu_clock = cpu_clock
         self._sleep = sleep
@@ -128,6 +132,9 @@ class Watch:
     async def run(self) -> NoReturn:
         """Watch until cancelled."""
         while True:
+            if self._busy is not None and not self._running():
+                self._followed.clear()
+                await self._busy()
             await self._sleep(await self._look())
 
     async def _look(self) -> float:

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.bench import ablation, cycle, idle, latency, library, load, makespan, service
+from tests.bench import ablation, cycle, durable, idle, latency, library, load, makespan, service
 from tests.bench.harness import Bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +29,9 @@ BENCHMARKS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "latency": (latency.run, "submitted to completed, by poll interval"),
     "idle": (idle.run, "memory and CPU without jobs"),
     "jobs": (load.jobs, "1,000 jobs of next to no work: rate, CPU, memory"),
+    "adopt": (durable.adopt, "a new agent takes over 100 running jobs"),
+    "disk": (durable.disk, "bytes that the agent writes for a job"),
+    "growth": (durable.growth, "memory over 5,000 jobs (long)"),
     "many": (load.many, "CPU and scrape time with 100 units running"),
     "library": (library.run, "a unit and a job with dbus-fast in place of dbus-next"),
     "ablation": (ablation.run, "what single properties of a unit cost (only when named)"),

@@ -64,6 +64,9 @@ class FakeLauncher:
     async def stop_and_reap(self, _unit: str) -> None:
         pass
 
+    def sweep(self, _loaded: object) -> None:
+        pass
+
     async def close(self) -> None:
         self.closed = True
 

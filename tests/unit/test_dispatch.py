@@ -476,6 +476,17 @@ async def test_a_defect_in_taking_a_job_costs_that_job_only(
     await bench.settled(lambda: "good" in bench.executions)
 
 
+async def test_what_is_left_open_of_an_older_acceptance_is_dropped(
+    benches: Callable[..., Bench],
+) -> None:
+    bench = benches()
+    bench.ledger.accept(job("a", retry_count=0))
+    bench.source.answers.append(job("a", retry_count=1))
+    bench.dispatcher.nudge()
+    await bench.settled(lambda: "a" in bench.executions)
+    assert bench.states() == ["reaped", "accepted"]
+
+
 async def test_leaving_changes_nothing(benches: Callable[..., Bench]) -> None:
     bench = benches(job("a"), job("b"))
     bench.delivering.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,17 @@ async def test_closing_removes_what_is_due(
     files.close()
     assert not mine.exists()
     assert "of folder stays" in caplog.text
+
+
+async def test_a_sweep_removes_what_a_killed_agent_has_left(tmp_path: Path) -> None:
+    files = FieldFiles(tmp_path, delay=60)
+    old, loaded, foreign = (
+        file_of(tmp_path, name)
+        for name in ("ffmpeg-job-a.service", "ffmpeg-job-b.service", "other.service")
+    )
+    for path in (old, loaded, foreign):
+        os.utime(path, (0, 0))
+    young = file_of(tmp_path, "ffmpeg-job-c.service")
+    files.sweep({"ffmpeg-job-b.service"})
+    assert not old.exists()
+    assert all(path.exists() for path in (loaded, foreign, young))

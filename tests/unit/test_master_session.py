@@ -483,6 +483,28 @@ async def test_an_acceptance_of_an_earlier_run_is_never_recovered(
     assert await session.next_job(held=set()) is None
 
 
+async def test_a_job_handed_to_an_earlier_id_of_ours_is_taken_up(
+    client: MasterClient, master: FakeMaster, time: Time
+) -> None:
+    """The agent was killed at once, and the master knows the next one by another id."""
+    ids: list[str] = []
+
+    async def remember(node_id: str) -> None:
+        assert ours.node_id == node_id
+        assert not master.seen("GET /jobs/next"), "before anything is done under it"
+        ids.append(node_id)
+
+    ours = NodeSession(
+        client, REGISTRATION, in_doubt=True, node_ids=["an-older-one"], on_registered=remember,
+        clock=time.clock, sleep=time.sleep,
+    )  # fmt: skip
+    lost = master.submit({}, {"status": "processing", "node_id": "an-older-one"})
+    taken = await ours.next_job(held=set())
+    assert taken is not None
+    assert taken.id == lost["id"]
+    assert ids == [ours.node_id]
+
+
 async def test_a_job_that_another_process_here_runs_is_left_to_it(
     client: MasterClient, master: FakeMaster, time: Time
 ) -> None:

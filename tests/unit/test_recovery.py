@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -34,6 +34,9 @@ class FakeLauncher:
 
     async def stop_and_reap(self, unit: str) -> None:
         self.loaded.discard(unit)
+
+    def sweep(self, loaded: Collection[str]) -> None:
+        assert set(loaded) == self.loaded
 
 
 def result() -> JobResult:
@@ -106,3 +109,21 @@ async def test_settled_ones_are_put_away_and_strangers_left_alone(
     assert ledger.unreaped() == []
     assert recovery.run_by_others("x")
     assert not recovery.run_by_others("a")
+
+
+async def test_of_two_acceptances_of_a_job_only_the_last_counts(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    """As after a disk that was full when the first one ended: they share unit and folder."""
+    first = ledger.accept(Job(id="a"))
+    ledger.starting(first.id, "main", UNIT, {"boot_id": boot_id()})
+    second = ledger.accept(Job(id="a", retry_count=1))
+    ledger.starting(second.id, "main", UNIT, {"boot_id": boot_id()})
+    other = ledger.accept(Job(id="b"))
+    recovery = Recovery(ledger, cast("Launcher", FakeLauncher(UNIT)), tmp_path)
+    found = await recovery.look()
+    assert [entry.id for entry in found.begun] == [second.id]
+    assert [entry.id for entry in found.unstarted] == [other.id]
+    assert found.settled == []
+    dropped = next(entry for entry in ledger.recent(9) if entry.id == first.id)
+    assert (dropped.state, dropped.why) == (State.REAPED, "the job was handed out anew")

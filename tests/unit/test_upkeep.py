@@ -94,6 +94,7 @@ def test_a_ledger_that_cannot_be_written(bench: Bench, monkeypatch: pytest.Monke
 
 
 async def test_the_status_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STATUS_PAUSE_SECONDS", 0.0)
     dispatcher = SimpleNamespace(running={"a": None}, slots=4, reports=[], changed=asyncio.Event())
     task = asyncio.create_task(bench.upkeep.status(cast("Dispatcher", dispatcher)))
 
@@ -111,6 +112,21 @@ async def test_the_status_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert len(bench.told.lines) == 3, "only what is new is said"
+
+
+async def test_the_status_line_tells_many_changes_at_once(bench: Bench) -> None:
+    dispatcher = SimpleNamespace(running={}, slots=4, reports=[], changed=asyncio.Event())
+    task = asyncio.create_task(bench.upkeep.status(cast("Dispatcher", dispatcher)))
+    begun = time.monotonic()
+    async with asyncio.timeout(5):
+        while len(bench.told.lines) < 2:
+            dispatcher.running[str(len(dispatcher.running))] = None
+            dispatcher.changed.set()
+            await asyncio.sleep(0.01)
+    assert time.monotonic() - begun >= module.STATUS_PAUSE_SECONDS
+    assert bench.told.lines[-1] == f"ready, {len(dispatcher.running)} of 4 slots in use"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_what_is_attached_is_counted_also_after_systemd_was_away(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -34,7 +34,13 @@ class Enough(Exception):
 class Stage:
     """A master that is a table, jobs that run, and time that passes only in sleep."""
 
-    def __init__(self, *names: str, interval: float = 5.0, client: Any = None) -> None:
+    def __init__(
+        self,
+        *names: str,
+        interval: float = 5.0,
+        client: Any = None,
+        busy: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self.now = 0.0
         self.cpu = 0.0
         self.cpu_of_a_look = 0.0
@@ -60,6 +66,7 @@ class Stage:
             on_gone=self.gone,
             on_paused=self.hold,
             on_resumed=self.resume,
+            busy=busy,
             clock=lambda: self.now,
             cpu_clock=lambda: self.cpu,
             sleep=self.sleep,
@@ -120,6 +127,17 @@ class Stage:
 def job(name: str, **fields: Any) -> Job:
     given = {"id": name, "status": "processing", "node_id": "us", "created_at": MADE, **fields}
     return Job.model_validate(given)
+
+
+async def test_it_does_not_wake_up_while_nothing_runs() -> None:
+    async def busy() -> None:
+        stage.now += 3600
+        stage.until += 3600
+        stage.begin("a")
+
+    stage = Stage(busy=busy)
+    await stage.wait(60)
+    assert stage.asked[0] == (3605.0, "a")
 
 
 # What follows from a state

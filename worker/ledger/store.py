@@ -117,6 +117,28 @@ class Ledger:
             )
             return reading.entry(db, entry_id)
 
+    def supersede(self, entry_id: int) -> int:
+        """Drop what is open of older acceptances of the same job; how many that were.
+
+        Their unit and folder are this entry's now, and the master has moved on.
+        """
+        with self._file.reading() as db:
+            older = db.execute(
+                "SELECT id FROM entry WHERE name = (SELECT name FROM entry WHERE id = ?) "
+                "AND id < ? AND reaped_at IS NULL",
+                (entry_id, entry_id),
+            ).fetchall()
+        if older:
+            now = self._clock()
+            with self._file.writing() as db:
+                db.executemany(
+                    "UPDATE entry SET settled_at = coalesce(settled_at, ?), reaped_at = ?, "
+                    "settled = iif(settled = '', 'dropped', settled), "
+                    "why = iif(settled = '', 'the job was handed out anew', why) WHERE id = ?",
+                    [(now, now, number) for [number] in older],
+                )
+        return len(older)
+
     def starting(self, entry_id: int, step: str, unit: str, facts: Mapping[str, Any]) -> None:
         """The unit of a step is about to be started: once for each step of an acceptance.
 
@@ -159,7 +181,8 @@ class Ledger:
         with self._file.writing() as db:
             entry = reading.entry(db, entry_id)
             if entry.settled != how:
-                self._settle(db, self._unsettled(db, entry_id), how, sentence(why))
+                self._require_unsettled(entry)
+                self._settle(db, entry, how, sentence(why))
             if reaped:
                 self._reap(db, entry)
 
@@ -277,9 +300,13 @@ class Ledger:
         if entry.state is not State.REAPED:
             db.execute("UPDATE entry SET reaped_at = ? WHERE id = ?", (self._clock(), entry.id))
 
-    @staticmethod
-    def _unsettled(db: sqlite3.Connection, entry_id: int) -> Entry:
+    @classmethod
+    def _unsettled(cls, db: sqlite3.Connection, entry_id: int) -> Entry:
         entry = reading.entry(db, entry_id)
+        cls._require_unsettled(entry)
+        return entry
+
+    @staticmethod
+    def _require_unsettled(entry: Entry) -> None:
         if entry.settled:
             raise ValueError(f"job {entry.job.id!r} is {entry.settled} already")
-        return entry

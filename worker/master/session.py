@@ -57,6 +57,9 @@ class NodeSession:
         The master may have handed us jobs that we do not know of, as after a restart.
     ``run_by_others``
         Whether another process on this machine runs a job (by id) as this node.
+    ``node_ids``, ``on_registered``
+        The ids under which the master knew this node before, and what is called with each one
+        that it gives us, before anything is done under it.
     ``clock``, ``sleep``, ``uniform``
         Stand in for time and chance in tests.
     """
@@ -71,6 +74,8 @@ class NodeSession:
         on_answer: Callable[[bool], None] | None = None,
         in_doubt: bool = False,
         run_by_others: Callable[[str], bool] | None = None,
+        node_ids: Collection[str] = (),
+        on_registered: Callable[[str], Awaitable[None]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         uniform: Uniform = random.uniform,
@@ -94,7 +99,8 @@ class NodeSession:
         self._list_due = 0.0
         self.node_id: str | None = None
         """The id that the master gave us last; it may have forgotten it, see ``registered``."""
-        self.node_ids: set[str] = set()
+        self._on_registered = on_registered
+        self.node_ids: set[str] = set(node_ids)
         """All ids it has given us: jobs may be held under an earlier one."""
         self.registered = False
         """Whether the master knows us, as far as its last answer tells."""
@@ -277,6 +283,8 @@ class NodeSession:
             await self._sleep(wait)
         self.node_id = node.id
         self.node_ids.add(node.id)
+        if self._on_registered is not None:
+            await self._on_registered(node.id)
         self.registered = True
         self._registrations += 1
         self._answered()

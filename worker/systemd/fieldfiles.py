@@ -7,12 +7,18 @@ there when the unit goes. Units with names used once would fill that tmpfs over 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
+from collections.abc import Container
 from pathlib import Path
+
+from worker.systemd.names import JOB_UNITS
 
 logger = logging.getLogger(__name__)
 
 FOLDER = Path("/run/systemd/units")
+_PREFIX = "log-extra-fields:"
 _DELAY_SEC = 5.0
 """journald may still be reading what the unit said last."""
 
@@ -36,6 +42,15 @@ class FieldFiles:
         if timer := self._due.pop(unit, None):
             timer.cancel()
 
+    def sweep(self, loaded: Container[str]) -> None:
+        """Remove the files of units of jobs that are not loaded: their agent was killed."""
+        for path in self._folder.glob(f"{_PREFIX}{JOB_UNITS}"):
+            unit = path.name.removeprefix(_PREFIX)
+            with contextlib.suppress(OSError):  # it has just gone
+                young = time.time() - path.lstat().st_mtime < self._delay
+                if unit not in loaded and unit not in self._due and not young:
+                    self._remove(unit)
+
     def close(self) -> None:
         """Remove all that is due, now."""
         for unit, timer in list(self._due.items()):
@@ -45,7 +60,7 @@ class FieldFiles:
     def _remove(self, unit: str) -> None:
         self._due.pop(unit, None)
         try:
-            (self._folder / f"log-extra-fields:{unit}").unlink(missing_ok=True)
+            (self._folder / f"{_PREFIX}{unit}").unlink(missing_ok=True)
         except OSError as error:
             # A user's manager, or a service without this folder in its ReadWritePaths=.
             logger.debug("%s of %s stays: %s", self._folder, unit, error.strerror)

@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from functools import partial
 from typing import TypeVar
 
@@ -151,6 +151,10 @@ class Launcher:
         (rows,) = await self.bus.call("ListUnitsByPatterns", "asas", [[], [JOB_UNITS]])
         assert isinstance(rows, list)
         return sorted(row[0] for row in rows if row[2] != "not-found")
+
+    def sweep(self, loaded: Container[str]) -> None:
+        """Remove what is left in /run of units that are not among the ``loaded`` ones."""
+        self._field_files.sweep(loaded)
 
     async def stop_and_reap(self, unit_name: str, timeout: float = 60.0) -> None:
         """Stop a unit by name and wait until it is unloaded; no such unit is fine.

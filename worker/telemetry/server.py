@@ -33,7 +33,7 @@ _MAX_SECONDS = 10.0
 """From the connection to the end of the answer."""
 _SILENCE_SECONDS = 5.0
 _TICK = 0.5
-"""Seconds between two looks for overdue connections; ``stop()`` takes at most this long."""
+"""Seconds between two looks for overdue connections, as long as there is a connection."""
 _TEXT = "text/plain; charset=utf-8"
 
 Readiness = Callable[[], Sequence[str]]
@@ -61,9 +61,7 @@ class Server:
         """Raises WorkerError where the address or the port cannot be had."""
         self._listener = _listen(self._address, self._port)
         self._listener.answer = self._answer
-        self._thread = threading.Thread(
-            target=self._listener.serve_forever, args=(_TICK,), name="metrics", daemon=True
-        )
+        self._thread = threading.Thread(target=self._listener.serve, name="metrics", daemon=True)
         self._thread.start()
         logger.info("serving /metrics, /health and /ready on port %d", self.port)
 
@@ -71,7 +69,7 @@ class Server:
         """Stop listening; a second call does nothing."""
         if self._listener is None or self._thread is None:
             return
-        self._listener.shutdown()
+        self._listener.stop()
         self._thread.join()
         self._listener.server_close()
         self._listener = self._thread = None
@@ -133,7 +131,19 @@ class _Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._free = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}
+        self._stopped = False
         super().__init__((str(where[0]), port), _Handler)
+
+    def serve(self) -> None:
+        """Until stop(). Nothing wakes this thread while nobody is connected."""
+        while not self._stopped:
+            self.timeout = _TICK if self._open else None
+            self.handle_request()
+            self.service_actions()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self.socket.shutdown(socket.SHUT_RDWR)  # serve() then has a request that cannot be had
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
