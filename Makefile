@@ -1,6 +1,7 @@
 # make demo    set up all that is needed and show the main job, end to end
 # make test    set up all that is needed and run the whole suite
 # make bench   measure against the targets (BENCH_ARGS=--quick, or names; see tests/bench)
+# make chaos   kill and break everything around 200 jobs; writes docs/failures.md (12 min; CHAOS_ARGS="--seed N")
 # make test-vm the systemd and service tests on cgroup v2, in an emulated Debian (SUITE=trixie; 20 min)
 # make lint    ruff and mypy
 # make setup   .venv/bin/ffmpeg-worker, and the packages of the distribution it needs
@@ -11,10 +12,11 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 SUITE ?= bookworm
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: setup wheels demo test test-vm bench lint clean as-root
+.PHONY: setup wheels demo test chaos test-vm bench lint clean as-root
 
 # Said at once, not after minutes of setup.
 as-root:
@@ -53,8 +55,16 @@ test: as-root setup wheels
 	$(PY) -m pytest $(PYTEST_ARGS) tests/bed || status=1; \
 	echo "== on a real systemd"; \
 	$(PY) tests/bed/bed.py run -- \
-	  $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/system tests/e2e || status=1; \
+	  $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/system tests/e2e tests/chaos \
+	  || status=1; \
 	exit $$status
+
+# What it writes is a document only if nothing was wrong.
+chaos: as-root setup
+	@mkdir -p build/chaos
+	@$(PY) tests/bed/bed.py run --bind $(CURDIR)/build/chaos -- \
+	  $(PY) -m tests.chaos --write $(CURDIR)/build/chaos $(CHAOS_ARGS)
+	@cp build/chaos/failures.md docs/failures.md
 
 test-vm: as-root setup
 	@$(PY) tests/bed/vm.py test --suite $(SUITE) $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))

@@ -7,9 +7,7 @@ there when the unit goes. Units with names used once would fill that tmpfs over 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import time
 from collections.abc import Container
 from pathlib import Path
 
@@ -43,13 +41,11 @@ class FieldFiles:
             timer.cancel()
 
     def sweep(self, loaded: Container[str]) -> None:
-        """Remove the files of units of jobs that are not loaded: their agent was killed."""
+        """See to the files of units of jobs that are not loaded: their agent was killed."""
         for path in self._folder.glob(f"{_PREFIX}{JOB_UNITS}"):
             unit = path.name.removeprefix(_PREFIX)
-            with contextlib.suppress(OSError):  # it has just gone
-                young = time.time() - path.lstat().st_mtime < self._delay
-                if unit not in loaded and unit not in self._due and not young:
-                    self._remove(unit)
+            if unit not in loaded:
+                self.unit_gone(unit)
 
     def close(self) -> None:
         """Remove all that is due, now."""

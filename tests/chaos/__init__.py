@@ -1,0 +1,1 @@
+"""Faults of every kind, at every step of a job, and what became of the jobs."""
