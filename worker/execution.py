@@ -239,6 +239,8 @@ class Execution:
             await self._generate(space, spec)
         staged = space.path / f"output{_suffix(spec)}"
         main = await self._transcode(space, spec, staged)
+        if main.outcome.reason is Reason.RUNTIME_ERROR:
+            self._check_full(main.outcome)
         published = space.published() if main.outcome.completed else None
         self._staged_bytes = workspace.size_of(published or staged)
         if main.outcome.completed:
@@ -285,6 +287,19 @@ class Execution:
                     f"the job may need {need} MB of disk, but only {available} MB are available "
                     f"in {folder}; free some space or lower max_disk_mb",
                 )
+
+    def _check_full(self, outcome: Outcome) -> None:
+        """Raise JobError if it is the disk: ffmpeg cannot write down that it is full, either."""
+        folder = self._settings.work_dir
+        try:
+            full = disk.usage(folder).available < MIB
+        except OSError:
+            return  # then nobody can tell
+        if full:
+            raise JobError(
+                Reason.RESOURCE_ERROR,
+                f"no space is left in {folder}; free some. {outcome.message}",
+            )
 
     async def _generate(self, space: Workspace, spec: JobSpec) -> None:
         """Make the input in a unit of its own, under the node's limits rather than the job's."""

@@ -373,6 +373,7 @@ async def test_a_master_that_was_set_back_gets_the_same_result_again(
     assert bench.executions["a"] is first, "it was not run again"
     assert bench.reported[1][1].node_id == "new"
     assert bench.states() == ["reaped"]
+    await bench.settled(lambda: not bench.dispatcher.held)
 
 
 @pytest.mark.parametrize(
@@ -406,6 +407,7 @@ async def test_a_job_that_cannot_be_put_on_record_is_handed_back(
     await bench.settled(lambda: bench.reported)
     assert bench.executions == {}
     assert bench.reported[0][1].error == "platform_error: the worker cannot take jobs: disk full"
+    await bench.settled(lambda: not bench.dispatcher.held)
 
 
 async def test_a_result_that_cannot_be_put_on_record_keeps_its_unit_until_it_is_delivered(
@@ -471,6 +473,7 @@ async def test_a_defect_in_taking_a_job_costs_that_job_only(
         bench.dispatcher.nudge()
         await bench.settled(lambda: bench.reported)
     assert bench.reported[0][1].error == "platform_error: internal error: RecursionError"
+    await bench.settled(lambda: not bench.dispatcher.held)
     bench.source.answers.append(job("good"))
     bench.dispatcher.nudge()
     await bench.settled(lambda: "good" in bench.executions)

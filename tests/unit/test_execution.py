@@ -456,6 +456,19 @@ async def test_a_disk_limit_that_does_not_fit(
     assert result.error.startswith("resource_error: the job may need 11 MB of disk, but only 10 MB")
 
 
+async def test_a_disk_that_is_full_when_ffmpeg_fails(
+    make: Callable[..., Execution], theatre: Theatre, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theatre.scenes["main"] = Scene(FAILED, log="", output=None)
+    full = DiskUsage(2**30, 2**30, 0)
+    execution = make()
+    theatre.on_start = lambda step: (
+        monkeypatch.setattr(disk, "usage", lambda folder: full) if step == "main" else None
+    )
+    error = (await finish(execution, theatre)).error or ""
+    assert error.startswith("resource_error: no space is left in ")
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(OSError(28, "No space left on device"), "resource_error"),
