@@ -2,7 +2,8 @@
 # make test    set up all that is needed and run the whole suite
 # make bench   measure against the targets (BENCH_ARGS=--quick, or names; see tests/bench)
 # make chaos   kill and break everything around 200 jobs; writes docs/failures.md (12 min; CHAOS_ARGS="--seed N")
-# make test-vm the systemd and service tests on cgroup v2, in an emulated Debian (SUITE=trixie; 20 min)
+# make test-vm the systemd and service tests on cgroup v2, in an emulated Debian: PART=v2 (5 min),
+#              core (12 min), all; SUITE=trixie
 # make lint    ruff and mypy
 # make setup   .venv/bin/ffmpeg-worker, and the packages of the distribution it needs
 # make wheels  build/wheels: the project and all it needs at run time, to install without network
@@ -14,6 +15,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
 SUITE ?= bookworm
+PART ?= all
 export PIP_ROOT_USER_ACTION := ignore
 
 .PHONY: setup wheels demo test chaos test-vm bench lint clean as-root
@@ -67,7 +69,7 @@ chaos: as-root setup
 	@cp build/chaos/failures.md docs/failures.md
 
 test-vm: as-root setup
-	@$(PY) tests/bed/vm.py test --suite $(SUITE) $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
+	@$(PY) tests/bed/vm.py test --suite $(SUITE) --part $(PART) $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
 
 bench: as-root setup
 	@$(PY) -m tests.bench --out $(CURDIR)/build/bench/bench.tsv $(BENCH_ARGS)

@@ -51,11 +51,18 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise _InterruptedError(number)
 
 
-def _up(image: Image, *, tied: bool) -> None:
-    """Bring the machine up from a whole image. Call it locked. Raises BedError."""
+def _prepare(image: Image) -> None:
+    """See to a whole image, and that the machine can be started here. Call it locked.
+
+    Raises BedError.
+    """
     image.ensure()
     vm_host.check_to_run(MEMORY_MIB)
     vm_host.check_disk(image.home, _SPARE_MIB)
+
+
+def _up(image: Image, *, tied: bool) -> None:
+    """Bring the machine up from a prepared image. Call it locked. Raises BedError."""
     began = time.monotonic()
     try:
         how = image.machine.up(tied=tied)
@@ -79,6 +86,7 @@ def _start(image: Image) -> int:
             else:
                 print(f"vm: {image.suite} is up already")
                 return 0
+        _prepare(image)
         _up(image, tied=False)
     return 0
 
@@ -90,6 +98,7 @@ def _test(image: Image, options: argparse.Namespace) -> int:
                 f"the {image.suite} machine is up, and tests need a fresh one: "
                 f"`vm.py down --suite {image.suite}`"
             )
+        _prepare(image)
         vm_tests.packages(image)
         try:
             _up(image, tied=True)

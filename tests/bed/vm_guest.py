@@ -20,6 +20,7 @@ from vm_host import run_logged
 PACKAGES = """\
 systemd systemd-sysv libpam-systemd dbus dbus-user-session udev kmod polkitd openssh-server
 busybox-static iproute2 mount procps util-linux time ca-certificates python3 python3-venv ffmpeg
+nginx libnginx-mod-rtmp
 """
 USER = "tester"
 ADDRESS = "10.0.2.15"  # what qemu's user network forwards to
@@ -71,6 +72,7 @@ fstrim.timer systemd-tmpfiles-clean.timer systemd-networkd.service systemd-netwo
 systemd-networkd-wait-online.service systemd-timesyncd.service systemd-firstboot.service
 systemd-binfmt.service systemd-pstore.service getty@tty1.service serial-getty@ttyS0.service
 modprobe@drm.service modprobe@efi_pstore.service ldconfig.service sshd-keygen.service
+nginx.service
 """
 _INIT = """\
 #!/bin/sh

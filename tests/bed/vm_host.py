@@ -35,7 +35,7 @@ _TOOLS = {
     "unshare": "util-linux",
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
-_TO_RUN = ("qemu-system-x86_64", "ssh")
+_TO_RUN = ("qemu-system-x86_64", "ssh", "unshare")
 # Beyond the guest's own memory: qemu with its translated code, and a reserve for the machine.
 _MEMORY_RESERVE_MIB = 1024
 _APT_TIMEOUT_SEC = 900.0

@@ -60,15 +60,22 @@ class Image:
     def __init__(self, suite: str) -> None:
         self.suite = suite
         self.home = _home() / suite
-        self.home.mkdir(exist_ok=True)
+        try:
+            self.home.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _not_writable(self.home, error) from error
         self.folder = self.home / "image"
         self.machine = Machine(self.folder, self.home / "run")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One at a time. Raises BedError where somebody else takes too long."""
+        """One at a time. Raises BedError where somebody else takes too long, or none can."""
         deadline, told = time.monotonic() + _LOCK_TIMEOUT_SEC, False
-        with (self.home / "lock").open("w") as file:
+        try:
+            opened = (self.home / "lock").open("w")
+        except OSError as error:
+            raise _not_writable(self.home, error) from error
+        with opened as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,6 +240,13 @@ def _home() -> Path:
     if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
         raise BedError(f"others can write to {folder}: name another folder in FFMPEG_WORKER_VM")
     return folder.resolve()
+
+
+def _not_writable(folder: Path, error: OSError) -> BedError:
+    remedy = "name another folder in FFMPEG_WORKER_VM"
+    if error.errno == errno.EROFS:
+        remedy = f"mount it read-write, or {remedy}"
+    return BedError(f"{folder} cannot be written to ({error.strerror}): {remedy}")
 
 
 def _touched(path: Path) -> list[int]:

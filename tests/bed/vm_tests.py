@@ -64,7 +64,35 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
             "tests/system/test_attach.py::test_children_are_included_those_to_come_as_well",
             "tests/system/test_attach.py::test_in_the_user_s_own_manager",
             "tests/system/test_meters.py",
+            "tests/system/test_adoption.py::test_a_running_unit",
+            "tests/system/test_adoption.py::test_the_limit_holds_after_two_pauses",
+            "tests/system/test_adoption.py::test_a_pause_outlives_the_agent",
+            "tests/system/test_adoption.py::test_a_paused_unit_is_stopped_at_once",
+            "tests/system/test_adoption.py::test_nothing_is_left_of_a_pause",
             _LAUNCHER,
+            "tests/e2e/test_jobs.py::test_a_generated_job_reports_the_truth",
+            "tests/e2e/test_durable.py::test_jobs_run_on_while_the_agent_is_replaced[kill]",
+        ],
+    ),
+    # What only cgroup v2 can show, and no test that looks at the time: for each change.
+    "v2": (
+        [],
+        [
+            "tests/system/test_units.py",
+            *(
+                f"{_LAUNCHER}::{name}"
+                for name in (
+                    "test_a_memory_limit_kills_and_is_told_every_time",
+                    "test_a_kill_is_not_taken_for_lack_of_memory",
+                    "test_a_file_limit",
+                    "test_a_task_limit",
+                    "test_exit_statuses",
+                    "test_stop_of_a_suspended_program",
+                    "test_what_a_unit_used",
+                )
+            ),
+            "tests/system/test_attach.py::test_the_memory_limit_kills_a_foreign_ffmpeg",
+            "tests/system/test_user.py::test_limits_of_a_running_job",
             "tests/e2e/test_jobs.py::test_a_generated_job_reports_the_truth",
         ],
     ),
@@ -81,6 +109,7 @@ PARTS = {
     "system": ("system",),
     "bed": ("bed",),
     "core": ("core", "core-bed"),
+    "v2": ("v2",),
 }
 """What can be asked for, and the runs it consists of."""
 
@@ -145,6 +174,8 @@ def run(image: Image, machine: Machine, part: str, arguments: Sequence[str], tim
     results.mkdir(parents=True)
     machine.push(PROJECT, CHECKOUT, _LEFT_OUT)
     machine.push(packages(image), f"{CHECKOUT}/.venv")
+    # The tests' services cannot write bytecode, and would compile for seconds at each start.
+    machine.run([f"cd {CHECKOUT} && .venv/bin/python -c 'import worker.agent, worker.cli'"])
     # A tmpfs of half the memory on trixie, where jobs with default limits may need 5 GB of disk.
     machine.run(["! mountpoint -q /tmp || mount -o remount,size=6G /tmp"], timeout=60)
     # Arguments that are paths take the place of a part's own.

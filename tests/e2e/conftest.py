@@ -175,7 +175,7 @@ def until(what: Callable[[], Any], timeout: float = 20, name: str = "") -> Any:
 @pytest.fixture(scope="module")
 def long_job(make_media: Callable[..., Path]) -> dict[str, Any]:
     """A job that runs for minutes if nobody stops it."""
-    source = make_media("long.mp4", seconds=60, size="640x360", rate=30)
+    source = make_media("long.mp4", seconds=max(3, 60 / SLOWNESS), size="640x360", rate=30)
     return {
         "scenario": "whatever",
         "parameters": {

@@ -11,6 +11,8 @@ from typing import Self
 
 import pytest
 
+from tests.slowness import SLOWNESS
+
 # scripts/setup.sh unpacks the packages there, where the machine does not have them installed.
 UNPACKED = Path(__file__).parents[2] / "build/nginx"
 PREFIX = UNPACKED if UNPACKED.is_dir() else Path("/")
@@ -60,7 +62,7 @@ class RtmpServer:
         config.write_text(CONFIG.format(module=MODULE, folder=self._folder, port=self.port))
         command = (str(NGINX), "-p", str(self._folder), "-e", "stderr", "-c", str(config))
         self._nginx = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 10 * SLOWNESS
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
@@ -98,7 +100,7 @@ class Viewer:
     def __init__(self, url: str, frames: int) -> None:
         self._ffmpeg = subprocess.Popen(
             [
-                *("ffmpeg", "-nostdin", "-v", "error", "-rw_timeout", "20000000"),
+                *("ffmpeg", "-nostdin", "-v", "error", "-rw_timeout", f"{20 * SLOWNESS:.0f}000000"),
                 # By default it gathers five seconds of a stream before it shows anything.
                 *("-analyzeduration", "500000", "-i", url),
                 *("-map", "0:v", "-frames:v", str(frames), "-f", "framemd5", "-"),
@@ -110,7 +112,7 @@ class Viewer:
 
     def played(self) -> int:
         """How many different pictures were seen, when all have been, or no more come."""
-        text, _ = self._ffmpeg.communicate(timeout=30)
+        text, _ = self._ffmpeg.communicate(timeout=30 * SLOWNESS)
         assert self._ffmpeg.returncode == 0
         sums = {line.split(",")[-1] for line in text.splitlines() if not line.startswith("#")}
         return len(sums)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import PROGRAM, WORK_DIR, Worker, job_units, parameters, running, sh, until
+from tests.e2e.test_durable import SHORT
 from tests.fakes.master import FakeMaster
 from tests.slowness import SLOWNESS
 
@@ -52,26 +53,6 @@ def test_a_second_agent_keeps_its_hands_off(
     assert master.results == []
     worker.stop()
     assert [result["job_id"] for result in master.results] == [job["id"]]
-
-
-def test_a_stop_is_never_cut_short_by_systemd(
-    worker: Worker, master: FakeMaster, long_job: dict[str, Any]
-) -> None:
-    worker.start(master)
-    job = master.submit(long_job)
-    running(job["id"])
-    master.fault("*", "hang", count=10**6)
-    begun = time.monotonic()
-
-    worker.stop()
-
-    assert time.monotonic() - begun < 45
-    assert worker.show("Result") == "success"
-    assert job_units() == []
-    master.clear_faults()
-    sh("systemctl", "start", "ffmpeg-worker.service")
-    assert master.wait(job["id"], timeout=30)["error"].startswith("platform_error: ")
-    assert len(master.results) == 1
 
 
 def test_a_key_that_is_changed_later_is_told_and_not_hammered(worker: Worker) -> None:
@@ -152,12 +133,7 @@ def test_a_forgotten_node_registers_again(worker: Worker, master: FakeMaster) ->
 
 def test_a_restart_of_the_bus_does_not_disturb_a_job(worker: Worker, master: FakeMaster) -> None:
     worker.start(master)
-    job = master.submit(
-        {
-            "scenario": "640x360p30-h264",
-            "parameters": {"duration": 8, "resource_limits": {"max_cpu_percent": 30}},
-        }
-    )
+    job = master.submit(SHORT)
     running(job["id"])
 
     sh("systemctl", "restart", "dbus.service")

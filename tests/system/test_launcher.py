@@ -36,6 +36,8 @@ BUSY = ("/bin/sh", "-c", "while :; do :; done")
 SLEEP = ("/bin/sleep", "60")
 HOG = f"x = bytearray({200 * MIB})"
 PYTHON = shutil.which("python3") or sys.executable
+SHARE_ERROR = 0.05 if SLOWNESS == 1 else 0.15
+"""Of a share of a CPU. An emulated one stands still at times: whoever has it then is charged."""
 
 
 async def run(*command: str, check: bool = True) -> str:
@@ -551,7 +553,7 @@ async def test_live_goes_before_batch(launcher: Launcher, jobs: Jobs) -> None:
         zip(units, await asyncio.gather(*(cpu_share(u, 5) for u in units.values())), strict=True)
     )
     expected = weights["live"] / sum(weights.values())
-    assert used["live"] / sum(used.values()) == pytest.approx(expected, abs=0.05)
+    assert used["live"] / sum(used.values()) == pytest.approx(expected, abs=SHARE_ERROR)
     for unit in units.values():
         await unit.stop()
         await unit.reap()
@@ -569,7 +571,7 @@ async def test_priority_counts_within_a_queue(launcher: Launcher, jobs: Jobs) ->
         for weight in weights
     ]
     high, low = await asyncio.gather(*(cpu_share(unit, 5) for unit in units))
-    assert high / (high + low) == pytest.approx(0.8, abs=0.05)
+    assert high / (high + low) == pytest.approx(0.8, abs=SHARE_ERROR)
     for unit in units:
         await unit.stop()
         await unit.reap()

@@ -33,8 +33,8 @@ JOINED = (CGROUPS / "cpu,cpuacct").is_mount()
 PROGRAMS = {
     name: shutil.which(name) or "" for name in ("sh", "ffmpeg", "systemd-cgtop", "taskset", "time")
 }
-SECONDS_OF_VIDEO = 10
-"""About 2 s of CPU, where SLOWNESS is 1."""
+SECONDS_OF_VIDEO = 10 if SLOWNESS == 1 else 4
+"""About 2 s of CPU on a real machine, and more than ten times that on an emulated one."""
 
 # What `time -v` prints, for where it is not installed; it has it from wait4(2), as this has.
 TIME = """\

@@ -56,7 +56,7 @@ def video(user: User, name: str, size: str, seconds: int) -> str:
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def master() -> Iterator[FakeMaster]:
     with FakeMaster(max_retries=0) as master:
         yield master
@@ -72,6 +72,7 @@ class Agent:
             "NODE_NAME": "rootless",
             "POLL_INTERVAL": "200ms",
             "METRICS_PORT": "0",
+            "STOP_GRACE": "0s",
         }
         with log.open("wb") as file:
             self.process = user.start(
@@ -85,10 +86,12 @@ class Agent:
         return self._log.read_text()
 
 
-@pytest.fixture
-def agent(user: User, master: FakeMaster, tmp_path: Path) -> Iterator[Agent]:
-    """Ended at the end, with no unit, no cgroup and no file of a job left."""
-    agent = Agent(user, master, tmp_path / "agent.log")
+@pytest.fixture(scope="module")
+def agent(
+    user: User, master: FakeMaster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Agent]:
+    """Ended at the end, in the middle of a job, with no unit, no cgroup and no file of it left."""
+    agent = Agent(user, master, tmp_path_factory.mktemp("agent") / "agent.log")
     with agent.process as process:
         try:
             master.wait_for_request("GET /jobs/next", timeout=60)
@@ -166,7 +169,7 @@ def test_a_job_over_its_memory_limit(user: User, master: FakeMaster) -> None:
 
     master.wait(job["id"], timeout=120)
 
-    [result] = master.results
+    [result] = [result for result in master.results if result["job_id"] == job["id"]]
     if V2:
         assert result["error"].startswith("resource_error: memory limit of 40 MB exceeded")
         assert 38 << 20 < result["metrics"]["memory_peak_bytes"] <= 40 << 20

@@ -67,8 +67,9 @@ def test_without_root(home: Path) -> None:
     assert done.stderr == "vm: virtual machines are made and run by root: use sudo, for example\n"
 
 
-def test_without_qemu_and_apt(tmp_path: Path) -> None:
-    status, said = _program("build", env={"PATH": "/nowhere", "FFMPEG_WORKER_VM": str(tmp_path)})
+@pytest.mark.parametrize("verb", ["build", "up", "test"])
+def test_without_qemu_and_apt(tmp_path: Path, verb: str) -> None:
+    status, said = _program(verb, env={"PATH": "/nowhere", "FFMPEG_WORKER_VM": str(tmp_path)})
     assert status == 125
     assert "qemu-system-x86" in said
     assert "without apt it cannot be done here" in said
@@ -116,6 +117,21 @@ def test_folder_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FFMPEG_WORKER_VM", "/proc/vm")
     with pytest.raises(BedError, match=r"/proc/vm cannot be made .* name another folder"):
         Image("bookworm")
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_folder_that_is_mounted_read_only(home: Path, made: bool) -> None:
+    if made:
+        (home / "bookworm").mkdir()
+    # Only this command sees the mount: unshare gives it a mount namespace, private by default.
+    script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, str(home), *PROGRAM, "up"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        125,
+        f"vm: {home}/bookworm cannot be written to (Read-only file system): "
+        "mount it read-write, or name another folder in FFMPEG_WORKER_VM\n",
+    )
 
 
 @pytest.mark.parametrize("name", ["with, comma", "x" * 80])
