@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.fakes.attachments import FakeBus
 from tests.fakes.master import FakeMaster
 from worker import agent as agent_module
 from worker.agent import Agent, connect
@@ -28,20 +29,6 @@ from worker.systemd.launcher import Launcher
 from worker.systemd.ownunit import StopReason
 from worker.telemetry.notify import Notifier
 from worker.upkeep import Upkeep
-
-
-class FakeBus:
-    """Each answer to the question what is attached is one of these, then the last one again."""
-
-    def __init__(self) -> None:
-        self.attached: list[list[str] | SystemdError] = [[]]
-
-    async def call(self, member: str, *_: object) -> list[object]:
-        assert member == "ListUnitsByPatterns"
-        answer = self.attached.pop(0) if len(self.attached) > 1 else self.attached[0]
-        if isinstance(answer, SystemdError):
-            raise answer
-        return [[[name] for name in answer]]
 
 
 class FakeLauncher:

@@ -12,10 +12,11 @@ from typing import cast
 
 import pytest
 
+from tests.fakes.attachments import FakeBus
 from worker import upkeep as module
 from worker.config import Settings
 from worker.dispatch import Dispatcher
-from worker.errors import BusGone, SystemdError
+from worker.errors import BusGone
 from worker.ledger import Ledger
 from worker.node.disk import DiskUsage
 from worker.systemd.launcher import Launcher
@@ -24,20 +25,6 @@ from worker.telemetry.notify import Notifier
 from worker.upkeep import Upkeep, remove_old_files
 
 DAY = 86400
-
-
-class FakeBus:
-    """Each answer to the question what is attached is one of these, then the last one again."""
-
-    def __init__(self) -> None:
-        self.attached: list[list[str] | SystemdError] = [[]]
-
-    async def call(self, member: str, *_: object) -> list[object]:
-        assert member == "ListUnitsByPatterns"
-        answer = self.attached.pop(0) if len(self.attached) > 1 else self.attached[0]
-        if isinstance(answer, SystemdError):
-            raise answer
-        return [[[name] for name in answer]]
 
 
 class Told(Notifier):

@@ -12,7 +12,6 @@ from dataclasses import fields, replace
 from worker.errors import BusGone, SystemdError, UnitExists
 from worker.systemd.launch import Launch
 from worker.systemd.launcher import Launcher
-from worker.systemd.names import JOB_UNITS, object_path
 from worker.systemd.state import UnitState
 from worker.systemd.tracker import Tracked, parse_row
 from worker.systemd.unit import Unit
@@ -21,17 +20,6 @@ _NOTHING = UnitState()
 # One Get each: GetAll brings 300 properties and takes longer than all of these.
 _RUNNING = ("MainPID", "ExecMainStartTimestampMonotonic", "ControlGroup")
 _ENDED = ("Result", "ExecMainCode", "ExecMainStatus", "ExecMainExitTimestampMonotonic")
-
-
-async def loaded(launcher: Launcher) -> dict[str, UnitState]:
-    """All loaded units of jobs, by name, running or not: where each is, and no more than that.
-
-    One call, which is made until systemd has answered. Raises BusGone if the launcher is closed.
-    """
-    (rows,) = await launcher.repeat("ListUnitsByPatterns", "asas", [], [JOB_UNITS])
-    assert isinstance(rows, list)
-    states = {row[0]: _NOTHING.folded(parse_row(row)) for row in rows}
-    return {name: state for name, state in states.items() if state.load_state != "not-found"}
 
 
 async def adopt(launcher: Launcher, launch: Launch, *, output_begin: int = 0) -> Unit | None:
@@ -61,15 +49,6 @@ async def adopt(launcher: Launcher, launch: Launch, *, output_begin: int = 0) ->
     if launcher.tracker.get(launch.unit) is not tracked:
         raise BusGone(f"{launch.unit}: the launcher was closed before the unit was taken over")
     return Unit(launcher, launch, tracked)
-
-
-async def invocation_id(launcher: Launcher, unit_name: str) -> str:
-    """What the journal calls this run of the unit (_SYSTEMD_INVOCATION_ID); empty if not loaded.
-
-    32 hexadecimal digits, systemd.exec(5). The same as long as the unit is not started again.
-    """
-    value = await launcher.read(object_path(unit_name), "Unit", "InvocationID")
-    return value.hex() if isinstance(value, bytes) else ""
 
 
 async def _follow(launcher: Launcher, tracked: Tracked) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
@@ -38,12 +37,6 @@ class Notifier:
     def status(self, status: str) -> None:
         """One line for ``systemctl status``."""
         self._send(*_status(status))
-
-    def reloading(self) -> None:
-        """A reload begins; ``ready()`` ends it."""
-        # needed with Type=notify-reload (253), where an earlier reload's answer must not count
-        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        self._send("RELOADING=1", f"MONOTONIC_USEC={now}")
 
     def stopping(self, status: str = "") -> None:
         self._send("STOPPING=1", *_status(status))
