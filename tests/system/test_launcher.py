@@ -151,13 +151,14 @@ async def test_half_a_core_is_half_a_core(launcher: Launcher, jobs: Jobs) -> Non
 async def test_a_memory_limit_kills_and_is_told_every_time(launcher: Launcher, jobs: Jobs) -> None:
     """The program alone, as a child, and as two children at once.
 
-    systemd may end the unit before the usage record is written: verdict and peak stand all the
-    same.
+    On cgroup v2 systemd may end the unit before the usage record is written. The verdict stands
+    all the same; so does the peak from 255 on, where systemd itself knows it.
     """
     program = (PYTHON, "-c", HOG)
     child = ("/bin/sh", "-c", f"{PYTHON} -c '{HOG}'; exit $?")
     two = ("/bin/sh", "-c", f"{PYTHON} -c '{HOG}' & {PYTHON} -c '{HOG}'; x=$?; wait; exit $x")
     limits = Limits(cpu_percent=100, memory_mb=64, disk_mb=100, timeout_sec=60)
+    lost = 0
     for number in range(24):
         argv = (program, child, two)[number % 3]
         unit = await launcher.start(jobs.launch(*argv, job=f"oom-{number}", memory_bytes=64 * MIB))
@@ -168,10 +169,15 @@ async def test_a_memory_limit_kills_and_is_told_every_time(launcher: Launcher, j
         assert outcome.reason is Reason.RESOURCE_ERROR, seen
         assert outcome.message.startswith("memory limit of 64 MB exceeded"), seen
         assert state.active_state == "failed", seen
-        assert usage.memory_peak_bytes is not None, seen
-        assert 60 * MIB < usage.memory_peak_bytes <= 64 * MIB, seen
+        if usage.memory_peak_bytes is None:
+            assert launcher.version < 255, seen
+            assert state.result == "oom-kill", seen
+            lost += 1
+        else:
+            assert 60 * MIB < usage.memory_peak_bytes <= 64 * MIB, seen
         print(seen)
         await unit.reap()
+    assert lost <= 3
 
 
 async def test_a_kill_is_not_taken_for_lack_of_memory(launcher: Launcher, jobs: Jobs) -> None:
