@@ -149,7 +149,7 @@ class Dispatcher:
 
     def _answer_came(self) -> None:
         self.asking = False
-        self.tell_change()
+        self.news.tell()
 
     # --- the end
 

@@ -79,6 +79,7 @@ class Service:
             "NODE_NAME": "bench",
             "METRICS_PORT": METRICS_PORT,
             "METRICS_ADDR": "127.0.0.1",
+            "STOP_GRACE": "0s",
             **config,
         }
         self._config = "".join(f"{key}={value}\n" for key, value in settings.items())
