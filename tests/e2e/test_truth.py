@@ -157,7 +157,8 @@ def test_the_figures_are_those_of_the_same_command_by_hand(
     assert (tmp_path / "by-hand.mp4").stat().st_size == output.stat().st_size
     by_hand = used.ru_utime + used.ru_stime
     assert by_hand / 3 < metrics["cpu_seconds"] < by_hand * 3, "a busy machine is no clock"
-    assert used.ru_maxrss * 1024 / 2 < metrics["memory_peak_bytes"] < used.ru_maxrss * 1024 * 2
+    # Shared libraries, half of ffmpeg's resident memory, are charged to whoever used them first.
+    assert used.ru_maxrss * 1024 / 3 < metrics["memory_peak_bytes"] < used.ru_maxrss * 1024 * 2
     assert metrics["io_read_bytes"] >= source.stat().st_size
     assert output.stat().st_size <= metrics["io_write_bytes"] < 2 * output.stat().st_size + 2**16
 
