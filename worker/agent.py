@@ -15,7 +15,7 @@ from worker import __version__, workspace
 from worker.acceptance import Acceptance
 from worker.config import Settings
 from worker.control import Control, socket_path
-from worker.dispatch import Dispatcher
+from worker.dispatch import REQUEST_SEC, Dispatcher
 from worker.ending import Ending, end_silence, silence_left
 from worker.errors import (
     JobUnknown,
@@ -53,8 +53,6 @@ logger = logging.getLogger(__name__)
 
 BUS_PATIENCE_SEC = 30.0
 CLOSE_SECONDS = 3.0
-REQUEST_SEC = 180.0
-"""No request to the master, with all that belongs to it, takes longer."""
 MOST_NODE_IDS = 20
 _CAPABILITIES, _NODE_IDS = "capabilities", "node ids"
 

@@ -36,7 +36,7 @@ LAST_JOBS_SEC = 25.0
 """A job has 10 s between SIGTERM and SIGKILL; what takes longer is stuck, or systemd is away."""
 LEAVING_SEC = 5.0
 REQUEST_SEC = 180.0
-"""No request for a job, with all that belongs to it, takes longer."""
+"""No request to the master, with all that belongs to it, takes longer."""
 MAX_RETRIES = 3
 """What masters do by default, for those that do not say it."""
 LEFT_TO_THE_MASTER = "left to the master, which gives it away when this node is silent for 90 s"
