@@ -96,11 +96,9 @@ class Recovery:
                 "units of jobs that are not on record, left alone: %s", ", ".join(found.foreign)
             )
         names = {safe_id(entry.job.id) for entry in entries}
-        foreign = {
-            name.removeprefix(UNIT_PREFIX).removesuffix(".service") for name in self._foreign
-        }
         for folder in workspace.abandoned(self._work_dir / "jobs"):
-            if folder.name not in names | foreign:
+            units = {f"{UNIT_PREFIX}{folder.name}{step.suffix}.service" for step in Step}
+            if folder.name not in names and not units & self._foreign:
                 logger.warning("removing %s: no job on record has to do with it", folder)
                 workspace.remove_tree(folder)
         return found

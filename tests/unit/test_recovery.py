@@ -94,18 +94,19 @@ def test_a_second_unit_means_that_the_first_has_run(ledger: Ledger, tmp_path: Pa
 async def test_settled_ones_are_put_away_and_strangers_left_alone(
     ledger: Ledger, tmp_path: Path
 ) -> None:
-    for name in ("a", "x", "nobody"):
+    for name in ("a", "x", "y", "nobody"):
         (tmp_path / "jobs" / name).mkdir()
         (tmp_path / "jobs" / name / "main.out").touch()
     entry = ledger.accept(Job(id="a"))
     ledger.finish(entry.id, result(), {})
     ledger.settle(entry.id, "delivered")
-    launcher = FakeLauncher(UNIT, "ffmpeg-job-x.service")
+    strangers = {"ffmpeg-job-x.service", "ffmpeg-job-y-input.service"}
+    launcher = FakeLauncher(UNIT, *strangers)
     recovery = Recovery(ledger, cast("Launcher", launcher), tmp_path)
     found = await recovery.look()
     await recovery.put_away(found.settled)
-    assert launcher.loaded == {"ffmpeg-job-x.service"}
-    assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["x"]
+    assert launcher.loaded == strangers
+    assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == ["x", "y"]
     assert ledger.unreaped() == []
     assert recovery.run_by_others("x")
     assert not recovery.run_by_others("a")
