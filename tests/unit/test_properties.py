@@ -10,7 +10,8 @@ import pytest
 from worker.errors import SystemdError
 from worker.systemd.launch import DeviceLimit, Launch, UnitLimits
 from worker.systemd.library import Variant
-from worker.systemd.properties import Property, properties
+from worker.systemd.properties import properties
+from worker.systemd.property import Property
 
 LAUNCH = Launch(
     unit="ffmpeg-job-a.service",
@@ -47,6 +48,7 @@ def test_the_fixed_part() -> None:
         "KillMode": "control-group",
         "Nice": 10,
         "OOMPolicy": "kill",
+        "OOMScoreAdjust": 500,
         "UMask": 0o077,
         "NoNewPrivileges": True,
         "StandardInput": "null",

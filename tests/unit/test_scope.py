@@ -22,7 +22,7 @@ from worker.systemd.attachment import (
 from worker.systemd.bus import Bus
 from worker.systemd.names import safe_id
 from worker.systemd.processes import InForce, Processes, limits_in_force, parse_stat
-from worker.systemd.properties import Property
+from worker.systemd.property import Property
 from worker.systemd.scope import Scopes, attachments
 
 OWN = os.getpid()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from worker.errors import WorkerError
 from worker.systemd.names import UNIT_PREFIX, slice_name
 from worker.systemd.processes import InForce, Process, Processes
-from worker.systemd.properties import Property
+from worker.systemd.property import Property
 
 ATTACHED_SCOPES = f"{UNIT_PREFIX}attached-*.scope"
 """Pattern of the scopes that attach() makes."""

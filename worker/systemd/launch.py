@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from worker.systemd.sandbox import Sandbox
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceLimit:
@@ -60,8 +62,12 @@ class Launch:
     stop_timeout_sec: float = 10.0
     """Time between SIGTERM and SIGKILL."""
     nice: int = 10
+    oom_score_adjust: int = 500
+    """How readily the kernel ends it when the machine has no memory left, -1000 to 1000."""
     environment: Mapping[str, str] = field(default_factory=dict)
     working_directory: Path | None = None
+    sandbox: Sandbox | None = None
+    """None: a program that nothing hostile can have a say in."""
     syslog_identifier: str = "ffmpeg-job"
     journal_fields: Mapping[str, str] = field(default_factory=dict)
     """Extra fields of the unit's journal entries, e.g. JOB_ID (LogExtraFields=)."""

@@ -30,7 +30,8 @@ from worker.systemd.fieldfiles import FieldFiles
 from worker.systemd.launch import Launch
 from worker.systemd.library import SignatureBodyMismatchError, Variant
 from worker.systemd.names import JOB_UNITS, slice_cgroup
-from worker.systemd.properties import Property, properties
+from worker.systemd.properties import properties
+from worker.systemd.property import Property
 from worker.systemd.state import UnitState, counter
 from worker.systemd.tracker import MATCHES, Tracked, Tracker, parse_row
 from worker.systemd.unit import Unit, size_of
@@ -62,6 +63,7 @@ class Launcher:
         reconnect_timeout: float = 30.0,
         meter: CgroupMeter | None = None,
     ) -> None:
+        self.user = user
         self.bus = Bus(
             user=user,
             address=address,
@@ -252,6 +254,7 @@ class Launcher:
             version=self.version,
             grep=self._grep,
             record_files=self.meter.record_files(tracked.live.control_group),
+            user=self.user,
         )
 
     def _drop(self, launch: Launch, tracked: Tracked, error: PropertyRejected) -> None:

@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from worker.errors import SystemdError
 from worker.printable import escape
 from worker.systemd.launch import DeviceLimit, Launch, UnitLimits
+from worker.systemd.property import Property
+from worker.systemd.sandbox import sandbox_properties
 
 _FIELD_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _USEC = 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Property:
-    """One property: its name, its D-Bus type, its value."""
-
-    name: str
-    signature: str
-    value: object
-    optional: bool = False
-    """The unit may be started without it, where systemd does not know it."""
 
 
 def properties(
@@ -36,11 +26,13 @@ def properties(
     version: int,
     grep: str | None = None,
     record_files: Sequence[str] = (),
+    user: bool = False,
 ) -> list[Property]:
     """The properties in the order to send them.
 
     ``version`` is systemd's. ``grep`` is the path of grep(1) and ``record_files`` the usage
     counters of the unit's cgroup, see usage.py; without either there is no record.
+    ``user``: the manager is a user's, and has the rights of that user only.
     Raises SystemdError for a text that D-Bus cannot carry.
     """
     if not launch.argv or not launch.argv[0].startswith("/"):
@@ -77,14 +69,18 @@ def properties(
         # One process out of memory ends the whole unit: half a pipeline makes no output.
         # On cgroup v1 systemd cannot see it; there it is read from the usage record.
         Property("OOMPolicy", "s", "kill", optional=True),
-        Property("UMask", "u", 0o077),
-        Property("NoNewPrivileges", "b", True),
+        # Where the machine is short of memory, a job is to go before anything else does.
+        *([] if user else [Property("OOMScoreAdjust", "i", launch.oom_score_adjust)]),
         Property("StandardInput", "s", "null"),
         _output(launch.stdout, version),
         # Without it, standard error goes where standard output goes.
         Property("StandardError", "s", "journal"),
         Property("SyslogIdentifier", "s", launch.syslog_identifier, optional=True),
     ]
+    if launch.sandbox is not None:
+        result += sandbox_properties(launch.sandbox, user=user)
+    else:
+        result += [Property("UMask", "u", 0o077), Property("NoNewPrivileges", "b", True)]
     if launch.journal_fields:
         fields = [_journal_field(name, value) for name, value in launch.journal_fields.items()]
         result.append(Property("LogExtraFields", "aay", fields, optional=True))

@@ -39,7 +39,7 @@ from worker.systemd.launcher import parse_version
 from worker.systemd.library import Variant
 from worker.systemd.names import object_path
 from worker.systemd.processes import Process, Processes, limits_in_force
-from worker.systemd.properties import Property
+from worker.systemd.property import Property
 from worker.systemd.usage import CGROUP_ROOT
 
 logger = logging.getLogger(__name__)
