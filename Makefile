@@ -4,6 +4,7 @@
 # make chaos   kill and break everything around 200 jobs; writes docs/failures.md (12 min; CHAOS_ARGS="--seed N")
 # make test-vm the systemd and service tests on cgroup v2, in an emulated Debian: PART=v2 (3 min),
 #              core (12 min; the default), all (an hour and a half); SUITE=trixie
+# make fuzz    a million hostile jobs against all that is made of a job (FUZZ_ARGS="--count N --seed S")
 # make lint    ruff and mypy
 # make setup   .venv/bin/ffmpeg-worker, and the packages of the distribution it needs
 # make wheels  build/wheels: the project and all it needs at run time, to install without network
@@ -14,11 +15,12 @@ PIP := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
+FUZZ_ARGS ?=
 SUITE ?= bookworm
 PART ?= core
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: setup wheels demo test chaos test-vm bench lint clean as-root
+.PHONY: setup wheels demo test chaos test-vm bench fuzz lint clean as-root
 
 # Said at once, not after minutes of setup.
 as-root:
@@ -73,6 +75,10 @@ test-vm: as-root setup
 
 bench: as-root setup
 	@$(PY) -m tests.bench --out $(CURDIR)/build/bench/bench.tsv $(BENCH_ARGS)
+
+# Needs no root: nothing is started.
+fuzz: setup
+	@$(PY) -m tests.fuzz $(FUZZ_ARGS)
 
 lint: setup
 	@$(PY) -m ruff check .

@@ -37,6 +37,8 @@ OURS = (
     Path("/usr/local/bin/ffmpeg-worker"),
     Path("/etc/systemd/system", SERVICE),
     Path("/etc/logrotate.d/ffmpeg-worker"),
+    Path("/etc/sysusers.d/ffmpeg-worker.conf"),
+    Path("/etc/tmpfiles.d/ffmpeg-worker.conf"),
 )
 API_KEY = "demo-key"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -107,7 +109,7 @@ SHOWPIECES = (
     ),
     Showpiece(
         "a job whose input is not there",
-        {"scenario": "ingest", "parameters": {"input": "/srv/media/missing.mp4"}},
+        {"scenario": "ingest", "parameters": {"input": "/var/lib/ffmpeg-worker/media/missing.mp4"}},
         "failed",
         "input_error",
     ),
@@ -140,6 +142,7 @@ def main() -> int:
         do_not_disturb()
         headline("Removing the worker: scripts/install.sh --uninstall --purge")
         sh(INSTALL, "--uninstall", "--purge")
+        sh("userdel", "ffmpeg-worker")  # with its group; install.sh leaves both to the operator
 
 
 def watched() -> int:

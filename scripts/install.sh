@@ -3,7 +3,7 @@
 #
 #   install.sh [--wheels DIR]       install or upgrade (the same command)
 #   install.sh --uninstall          end its jobs and remove it; configuration, ledger, logs stay
-#   install.sh --uninstall --purge  remove these too
+#   install.sh --uninstall --purge  remove these too, with the media below the work directory
 #
 # --wheels DIR takes every Python package from DIR (see `make wheels`) and needs no network.
 # PYTHON=/path/to/python3 chooses the interpreter.
@@ -23,6 +23,9 @@ LOGS=/var/log/ffmpeg-worker
 PROGRAM=/usr/local/bin/ffmpeg-worker
 UNIT_DIR=/etc/systemd/system
 LOGROTATE=/etc/logrotate.d/ffmpeg-worker
+USER_NAME=ffmpeg-worker
+SYSUSERS=/etc/sysusers.d/ffmpeg-worker.conf
+TMPFILES=/etc/tmpfiles.d/ffmpeg-worker.conf
 SERVICE=ffmpeg-worker.service
 UNITS=("$SERVICE" ffmpeg.slice ffmpeg-live.slice ffmpeg-default.slice ffmpeg-batch.slice)
 
@@ -50,6 +53,10 @@ find_python() {
       python=$candidate
       "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         die "$python lacks the venv module: $(package_hint python3-venv python3.11)"
+      case $("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))') in
+        /home/* | /root/* | /run/user/*)
+          die "$python lies in a home, which the service does not see (ProtectHome=): choose another with PYTHON=." ;;
+      esac
       return
     fi
   done
@@ -105,9 +112,33 @@ activate_release() {
   ln -sfn "$PREFIX/current/bin/ffmpeg-worker" "$PROGRAM"
 }
 
+# One that is there already is kept as it is. Without systemd-sysusers (a container image, say) the
+# tools that every distribution has do the same.
+make_user() {
+  if has systemd-sysusers; then
+    systemd-sysusers "$SYSUSERS" || die "the user $USER_NAME cannot be made, see above."
+    return
+  fi
+  getent group "$USER_NAME" >/dev/null || groupadd --system "$USER_NAME" ||
+    die "the group $USER_NAME cannot be made, see above."
+  getent passwd "$USER_NAME" >/dev/null ||
+    useradd --system --gid "$USER_NAME" --no-create-home --home-dir /nonexistent \
+      --shell "$(command -v nologin || echo /bin/false)" \
+      --comment 'FFmpeg jobs and their outputs' "$USER_NAME" ||
+    die "the user $USER_NAME cannot be made, see above."
+}
+
 install_files() {
-  install -d -m 0700 -o root -g root "$ETC" "$DATA"
+  install -d -m 0755 "$UNIT_DIR" "$(dirname "$LOGROTATE")" "$(dirname "$SYSUSERS")" "$(dirname "$TMPFILES")"
+  put 0644 "$SRC/units/sysusers.d/ffmpeg-worker.conf" "$SYSUSERS"
+  put 0644 "$SRC/units/tmpfiles.d/ffmpeg-worker.conf" "$TMPFILES"
+  make_user
+
+  install -d -m 0700 -o root -g root "$ETC"
+  install -d -m 0711 -o root -g root "$DATA"
   install -d -m 0755 -o root -g root "$LOGS"
+  # As $TMPFILES has it: where the folder is there, it may be somebody's, or on another machine.
+  [ -d "$DATA/media" ] || install -d -m 0755 -o root -g root "$DATA/media"
   # Made here, for otherwise the agent's umask would make it unreadable until the first rotation.
   [ -e "$LOGS/worker.log" ] || install -m 0644 -o root -g root /dev/null "$LOGS/worker.log"
 
@@ -124,8 +155,11 @@ install_files() {
     fi
   fi
   install -m 0600 -o root -g root -T "$config" "$PREFIX/config.env.shipped"
+  if [ -e "$ETC/master-api-key" ]; then
+    chown root:root "$ETC/master-api-key"
+    chmod 0600 "$ETC/master-api-key"
+  fi
 
-  install -d -m 0755 "$UNIT_DIR" "$(dirname "$LOGROTATE")"
   local unit
   for unit in "${UNITS[@]}"; do put 0644 "$SRC/units/$unit" "$UNIT_DIR/$unit"; done
   put 0644 "$SRC/etc/ffmpeg-worker/logrotate" "$LOGROTATE"
@@ -136,10 +170,12 @@ start_service() {
   if grep -q '^MASTER_URL=.*MASTER_IP' "$ETC/config.env"; then
     say "installed and enabled, but not started: MASTER_URL is still the placeholder."
     say "next: set MASTER_URL and MASTER_API_KEY in $ETC/config.env, then: systemctl start $SERVICE"
+    say "the key is kept better in $ETC/master-api-key (mode 0600); take MASTER_API_KEY out of config.env then."
     return
   fi
   ! grep -q '^MASTER_API_KEY=your-api-key-here' "$ETC/config.env" ||
-    warn "MASTER_API_KEY in $ETC/config.env is still the placeholder."
+    warn "MASTER_API_KEY in $ETC/config.env is still the placeholder: put the key there," \
+      "or take the line out and put the key into $ETC/master-api-key."
   if ! systemd_runs; then
     say "installed and enabled. systemd does not run here, so the service starts with the next boot."
     return
@@ -186,14 +222,14 @@ uninstall_all() {
     systemctl stop 'ffmpeg-job-*.service' ffmpeg.slice 2>/dev/null || true
   fi
   systemctl --quiet disable "$SERVICE" 2>/dev/null || true
-  rm -f "${UNITS[@]/#/$UNIT_DIR/}" "$LOGROTATE"
+  rm -f "${UNITS[@]/#/$UNIT_DIR/}" "$LOGROTATE" "$SYSUSERS" "$TMPFILES"
   case $(readlink "$PROGRAM" || true) in "$PREFIX"/*) rm -f "$PROGRAM" ;; esac
   rm -rf "$PREFIX"
   local drop_ins=("${UNITS[@]/%/.d}")
   [ "$purge" = no ] || rm -rf "${drop_ins[@]/#/$UNIT_DIR/}" "$ETC" "$DATA" "$LOGS"
   ! systemd_runs || systemctl daemon-reload
   local kept
-  for kept in "$UNIT_DIR/$SERVICE" "$LOGROTATE" "$PROGRAM"; do
+  for kept in "$UNIT_DIR/$SERVICE" "$LOGROTATE" "$SYSUSERS" "$TMPFILES" "$PROGRAM"; do
     [ ! -e "$kept.disabled" ] || say "from before the first install: $kept.disabled; to go back to it: mv $kept.disabled $kept"
   done
   if [ "$purge" = yes ]; then
@@ -203,6 +239,9 @@ uninstall_all() {
     [ ! -e "$DATA/ledger.db" ] ||
       say "$DATA/ledger.db knows every job, and the results that the master does not have yet: a worker installed later sends them."
   fi
+  # Outputs elsewhere may be its own. Its number would go to the next user that is made, and they with it.
+  ! getent passwd "$USER_NAME" >/dev/null ||
+    say "the user $USER_NAME stays, outputs may be its own; to remove it: userdel $USER_NAME"
 }
 
 wheels='' purge=no action=install_all

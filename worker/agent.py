@@ -15,6 +15,7 @@ from worker import __version__, workspace
 from worker.acceptance import Acceptance
 from worker.config import Settings
 from worker.control import Control, socket_path
+from worker.diskwatch import DiskWatch
 from worker.dispatch import REQUEST_SEC, Dispatcher
 from worker.ending import Ending, end_silence, silence_left
 from worker.errors import (
@@ -35,10 +36,11 @@ from worker.master.session import NodeSession
 from worker.master.standing import Standing, standing
 from worker.master.wire import Job, JobResult
 from worker.node.facts import NodeFacts, gather
+from worker.programs import Programs
 from worker.recovery import Found, Recovery
 from worker.reports import failed
+from worker.site import Site
 from worker.steering import Draining, JobOrders
-from worker.steps import Programs
 from worker.systemd import enforcement
 from worker.systemd.launcher import Launcher
 from worker.systemd.suspend import Suspension
@@ -75,6 +77,7 @@ class Agent:
         self._online = asyncio.Event()
         """There is a session with the master, registered or about to be."""
         self._programs = Programs.find()
+        self._disk = DiskWatch()
         self._capabilities: Capabilities | None = None
         self._session: NodeSession | None = None
         self._waiting = ""
@@ -87,6 +90,7 @@ class Agent:
             loop.add_signal_handler(number, self._signalled, number)
         settings = self._settings
         workspace.require_work_dir(settings.work_dir)
+        self._site = Site.prepare(settings, self._programs)
         self._ledger = ledger = Ledger.open(settings.work_dir / "ledger.db")
         server = None
         try:
@@ -114,6 +118,7 @@ class Agent:
             if server is not None:
                 server.stop()
             ledger.close()
+            self._disk.close()
 
     def readiness(self) -> list[str]:
         """Why this node takes no jobs now; empty when it does. Called from other threads."""
@@ -317,6 +322,8 @@ class Agent:
             capabilities=self._capabilities,
             programs=self._programs,
             settings=self._settings,
+            site=self._site,
+            disk=self._disk,
             records=acceptance,
             accepted_at=acceptance.accepted_at,
             suspension=self._suspension,

@@ -21,7 +21,11 @@ from typing import Any
 from worker import workspace
 from worker.acceptance import NoRecords, StepRecords
 from worker.config import Settings
+from worker.diskwatch import DiskWatch
 from worker.errors import JobError, LedgerError, Reason, SystemdError
+from worker.files.beneath import InputFile, kept_files, resolve_input
+from worker.files.publish import check_output, publish
+from worker.following import Left
 from worker.jobs import ffmpeg, probe, streams
 from worker.jobs.capabilities import Capabilities
 from worker.jobs.judge import CLD_EXITED
@@ -31,9 +35,12 @@ from worker.jobs.progress import Progress, parse_progress
 from worker.jobs.report import JobRun, build_result
 from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, Limits, StreamOutput
 from worker.jobs.text import redact
+from worker.launching import MIB
 from worker.master.wire import Job, JobResult
 from worker.node import disk
-from worker.steps import MIB, Left, Programs, StepRun, Steps
+from worker.programs import Programs
+from worker.site import Site
+from worker.steps import StepRun, Steps
 from worker.systemd.launcher import Launcher
 from worker.systemd.names import Step, safe_id
 from worker.systemd.ownunit import all_stops
@@ -63,6 +70,8 @@ class Execution:
         capabilities: Capabilities,
         programs: Programs,
         settings: Settings,
+        site: Site,
+        disk: DiskWatch,
         records: StepRecords | None = None,
         accepted_at: float | None = None,
         suspension: Suspension | None = None,
@@ -89,6 +98,7 @@ class Execution:
         self._capabilities = capabilities
         self._programs = programs
         self._settings = settings
+        self._site = site
         self._on_progress = on_progress
         self._name = safe_id(job.id)
         self._workspace: Workspace | None = None
@@ -104,7 +114,8 @@ class Execution:
         self._output_bytes: int | None = None
         self._staged_bytes: int | None = None
         self._command: tuple[str, ...] = ()
-        self.steps = Steps(job, launcher, self._show, self._records, suspension)
+        self._given: InputFile | None = None
+        self.steps = Steps(job, launcher, self._show, self._records, site, disk, suspension)
         try:
             self.spec = parse_job(
                 job,
@@ -112,6 +123,7 @@ class Execution:
                 settings.defaults,
                 generate_input=settings.generate_input,
                 stream_host=streams.host_of(settings.master_url),
+                policy=site.policy,
             )
         except JobError as error:
             self._refused = error
@@ -130,7 +142,8 @@ class Execution:
         """Clear away the units and the files: the result is on record."""
         await self.steps.release()
         if self._workspace is not None:
-            self._workspace.clear()
+            # In a thread: a hostile job may have left a million names there.
+            await asyncio.to_thread(self._workspace.clear)
 
     def close(self) -> None:
         """Let go of the job's folder: its result is safe. May be repeated."""
@@ -227,39 +240,73 @@ class Execution:
             raise self._refused
         spec = self.spec
         assert spec is not None
-        if not self.steps.resumed:
+        if self.steps.resumed:
+            self._look_again(spec)
+        else:
             self._look_before(spec)
         jobs_dir = self._settings.work_dir / "jobs"
-        space = self._workspace = (Workspace.reopen if self.steps.resumed else Workspace.create)(
-            jobs_dir, self._name
-        )
+        make = Workspace.reopen if self.steps.resumed else Workspace.create
+        space = await asyncio.to_thread(make, jobs_dir, self._name, self._site.gid)
+        self._workspace = space
         if isinstance(spec.output, StreamOutput):
             return await self._stream(space, spec, spec.output)
         if isinstance(spec.source, GeneratedInput):
             await self._generate(space, spec)
-        staged = space.path / f"output{_suffix(spec)}"
-        main = await self._transcode(space, spec, staged)
-        if main.outcome.reason is Reason.RUNTIME_ERROR:
-            self._check_full(main.outcome)
-        published = space.published() if main.outcome.completed else None
-        self._staged_bytes = workspace.size_of(published or staged)
-        if main.outcome.completed:
-            await self._check(space, spec, published or staged, main)
-            if published is None:
-                await self._publish(space, spec, staged)
+        main = await self._transcode(space, spec)
+        if not main.outcome.completed:
+            self._staged_bytes = workspace.size_of(space.output(_suffix(spec)))
+            if main.outcome.reason is Reason.RUNTIME_ERROR:
+                self._check_full(main.outcome)
+            return main.outcome
+        published = space.published()
+        made = published or space.take_output(_suffix(spec))
+        if made is None:
+            raise JobError(Reason.RUNTIME_ERROR, "ffmpeg ended well but left no output")
+        self._staged_bytes = self._output_bytes = workspace.size_of(made)
+        await self._check(space, spec, made, main)
+        if published is None:
+            await self._publish(space, spec, made)
         return main.outcome
 
     def _look_before(self, spec: JobSpec) -> None:
         """Raise JobError where the job cannot succeed, before anything is done for it."""
         for note in spec.notes:
             logger.info("job %s: %s", self.job.id, note)
-        given = spec.source.path if isinstance(spec.source, FileInput) else None
-        if given is not None:
-            self._input_bytes = workspace.check_input(given)
+        if isinstance(spec.source, FileInput):
+            self._given = self._find(spec.source)
+            self._input_bytes = self._given.size
         if isinstance(spec.output, Path):
-            workspace.check_output(spec.output, given, private=self._settings.work_dir / "jobs")
+            check_output(spec.output, self._given, **self._rules(spec))
         if not isinstance(spec.output, StreamOutput):
             self._check_disk(spec)
+
+    def _look_again(self, spec: JobSpec) -> None:
+        """The input as it is now, for a unit that was to be started and was not."""
+        if isinstance(spec.source, FileInput):
+            try:
+                self._given = self._find(spec.source)
+            except JobError as error:  # which matters only if it is still to be read
+                logger.debug("job %s: %s", self.job.id, error)
+
+    def _find(self, source: FileInput) -> InputFile:
+        policy = self._site.policy
+        return resolve_input(
+            source.path, policy.input_dirs, gid=self._site.gid, private=policy.closed
+        )
+
+    def _rules(self, spec: JobSpec) -> dict[str, Any]:
+        """Where an output that the job names may go."""
+        policy = self._site.policy
+        return {
+            "dirs": policy.output_dirs,
+            "owner": self._site.owner,
+            "private": (*policy.closed, *kept_files(self._settings.work_dir)),
+            "mine": self._default_name(spec),
+        }
+
+    def _default_name(self, spec: JobSpec) -> str:
+        """Of an output that the job does not name."""
+        return f"job_{self._name}_output{_suffix(spec)}"
 
     def _check_disk(self, spec: JobSpec) -> None:
         """Raise JobError unless the job's disk limit fits on every file system it writes to."""
@@ -309,7 +356,7 @@ class Execution:
             return
         self._expected_sec = spec.source.duration_sec
         self._next_progress_log = time.monotonic() + FIRST_PROGRESS_SECONDS
-        target = space.path / "input.mp4"
+        target = space.input()
         limits = self._node_limits(spec.limits)
         command = ffmpeg.input_command(
             spec, self._programs.ffmpeg, target, encoders=self._capabilities.encoders
@@ -319,7 +366,7 @@ class Execution:
         if not run.outcome.completed:
             assert run.outcome.reason is not None
             raise JobError(run.outcome.reason, run.outcome.message)
-        self._input_bytes = workspace.size_of(target)
+        self._input_bytes = space.take_input()
         if self._input_bytes is None:
             raise JobError(Reason.RUNTIME_ERROR, "ffmpeg ended well but left no test input")
         logger.info(
@@ -327,21 +374,33 @@ class Execution:
             self.job.id, run.wall_seconds, self._input_bytes,
         )  # fmt: skip
         if self._settings.persist_inputs:
-            await self._put(target, self._settings.work_dir / f"input_{self._name}.mp4", copy=True)
+            kept = self._settings.work_dir / f"input_{self._name}.mp4"
+            await self._put(target, kept, self._kept, copy=True)
 
-    async def _transcode(self, space: Workspace, spec: JobSpec, staged: Path) -> StepRun:
-        source = ffmpeg.source_name(spec, space.path / "input.mp4")
+    def _source(self, space: Workspace, spec: JobSpec) -> str:
+        """What ffmpeg reads: a path or a URL."""
+        if self._given is not None:
+            return str(self._given.path)
+        return str(ffmpeg.source_name(spec, space.input()))
+
+    async def _transcode(self, space: Workspace, spec: JobSpec) -> StepRun:
+        staged = space.output(_suffix(spec))
+        source = self._source(space, spec)
         command = ffmpeg.transcode_command(spec, self._programs.ffmpeg, source, staged)
-        return await self._main_step(space, spec, command, str(source), str(staged))
+        return await self._main_step(space, spec, command, source, str(staged))
 
     async def _stream(self, space: Workspace, spec: JobSpec, output: StreamOutput) -> Outcome:
         """Send the output to a server: nothing to publish, and nothing left to probe."""
         logger.info("job %s: streaming to %s", self.job.id, redact(output.url))
         if isinstance(spec.source, GeneratedInput):
             self._expected_sec = spec.source.duration_sec
-        source = ffmpeg.source_name(spec, space.path / "input.mp4")
-        command = ffmpeg.stream_command(spec, self._programs.ffmpeg, source)
-        main = await self._main_step(space, spec, command, str(source), output.url)
+        source = self._source(space, spec)
+        # What is secret in the URL stands in a file: a command line can be read by everybody.
+        hidden = ffmpeg.stream_secrets(spec)
+        secrets = space.write_secrets(hidden) if hidden else None
+        command = ffmpeg.stream_command(spec, self._programs.ffmpeg, source, secrets=secrets)
+        readable = (secrets,) if secrets else ()
+        main = await self._main_step(space, spec, command, source, output.url, readable)
         if main.progress is not None:
             self._output_bytes = main.progress.total_size
             self._media = streams.sent_media(spec, main.progress)
@@ -350,7 +409,13 @@ class Execution:
         return main.outcome
 
     async def _main_step(
-        self, space: Workspace, spec: JobSpec, command: tuple[str, ...], source: str, output: str
+        self,
+        space: Workspace,
+        spec: JobSpec,
+        command: tuple[str, ...],
+        source: str,
+        output: str,
+        readable: tuple[Path, ...] = (),
     ) -> StepRun:
         limits = spec.limits
         logger.info(
@@ -364,34 +429,37 @@ class Execution:
         facts = {"generation_sec": self.generation_sec, "input_bytes": self._input_bytes}
         if (record := self._records.recorded(Step.MAIN)) is not None:
             self._input_bytes = record.get("input_bytes")
-        self._main = await self.steps.transcode(space, spec, command, source, output, facts)
+        self._main = await self.steps.transcode(
+            space, spec, command, source, output, facts, given=self._given, readable=readable
+        )
         self.progress = self._main.progress or self.progress
         return self._main
 
-    async def _check(self, space: Workspace, spec: JobSpec, staged: Path, main: StepRun) -> None:
+    async def _check(self, space: Workspace, spec: JobSpec, made: Path, main: StepRun) -> None:
         """Look at what came out, in a unit: the file was made by a parser of hostile input."""
-        if self._staged_bytes is None:
-            raise JobError(Reason.RUNTIME_ERROR, "ffmpeg ended well but left no output")
-        self._output_bytes = self._staged_bytes
         limits = self._node_limits(spec.limits)
-        command = ffmpeg.probe_command(self._programs.ffprobe, staged)
-        text = await self.steps.probe(space, spec, limits, command)
+        command = ffmpeg.probe_command(self._programs.ffprobe, made)
+        text = await self.steps.probe(space, spec, limits, command, made)
         self._media = probe.parse_probe(text)
         expected = probe.expected_seconds(spec, main.log)
         encoded = main.progress.out_time_sec if main.progress else None
         probe.check_output(self._media, spec, expected, main.log, encoded_sec=encoded)
 
-    async def _publish(self, space: Workspace, spec: JobSpec, staged: Path) -> None:
-        target = spec.output if isinstance(spec.output, Path) else None
-        if target is None and self._settings.persist_outputs:
-            target = self._settings.work_dir / f"job_{self._name}_output{_suffix(spec)}"
-        if target is not None:
-            space.publishing(staged, target)
-            await self._put(staged, target)
+    async def _publish(self, space: Workspace, spec: JobSpec, made: Path) -> None:
+        if isinstance(spec.output, Path):
+            await self._put(made, spec.output, self._rules(spec), note=space.publishing)
+        elif self._settings.persist_outputs:
+            target = self._settings.work_dir / self._default_name(spec)
+            await self._put(made, target, self._kept, note=space.publishing)
 
-    async def _put(self, staged: Path, target: Path, *, copy: bool = False) -> None:
+    @property
+    def _kept(self) -> dict[str, Any]:
+        """Where files go that are kept under a name of ours."""
+        return {"dirs": (self._settings.work_dir,), "owner": self._site.owner}
+
+    async def _put(self, made: Path, target: Path, rules: dict[str, Any], **more: Any) -> None:
         """Publish a file without holding up the others: it may be large, and the disk slow."""
-        await asyncio.to_thread(functools.partial(workspace.publish, staged, target, copy=copy))
+        await asyncio.to_thread(functools.partial(publish, made, target, **rules, **more))
         logger.info("job %s: wrote %s", self.job.id, target)
 
     # --- what is told
@@ -438,6 +506,7 @@ class Execution:
             ),
             command=self._command,
             log_tail=step.log_text if step else "",
+            limits_changed=main.changes if main else "",
         )
 
     def _node_limits(self, limits: Limits) -> Limits:

@@ -100,7 +100,7 @@ class Recovery:
             units = {f"{UNIT_PREFIX}{folder.name}{step.suffix}.service" for step in Step}
             if folder.name not in names and not units & self._foreign:
                 logger.warning("removing %s: no job on record has to do with it", folder)
-                workspace.remove_tree(folder)
+                await asyncio.to_thread(workspace.remove_tree, folder)
         return found
 
     def run_by_others(self, job_id: str) -> bool:
@@ -117,6 +117,7 @@ class Recovery:
                 await self._launcher.stop_and_reap(unit_name(entry.job.id, step))
         except SystemdError as error:
             logger.error("job %s: a unit is left over: %s", entry.job.id, error)
-        workspace.remove_tree(self._work_dir / "jobs" / safe_id(entry.job.id))
+        folder = self._work_dir / "jobs" / safe_id(entry.job.id)
+        await asyncio.to_thread(workspace.remove_tree, folder)
         if entry.state is State.SETTLED:
             await Acceptance(self._ledger, entry).close(entry.settled, entry.why)

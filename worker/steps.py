@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from worker import workspace
 from worker.acceptance import StepRecords, boot_id
+from worker.diskwatch import DiskWatch
 from worker.errors import JobError, Reason, SystemdError
-from worker.jobs import ffmpeg
+from worker.files.beneath import InputFile, is_that_file
+from worker.following import Following, Left
 from worker.jobs.judge import judge
 from worker.jobs.outcome import Intent, Outcome, stopped
 from worker.jobs.progress import LogFacts, Progress, parse_progress, read_log
-from worker.jobs.spec import JobSpec, Limits, Priority, StreamOutput, UrlInput
+from worker.jobs.spec import JobSpec, Limits, StreamOutput, UrlInput
 from worker.jobs.streams import without_key
+from worker.launching import MIB, changed_limits, launch_of
 from worker.master.wire import Job
+from worker.site import Site
 from worker.systemd.adoption import adopt
-from worker.systemd.launch import Launch, UnitLimits
+from worker.systemd.launch import Launch
 from worker.systemd.launcher import Launcher
-from worker.systemd.names import Step, slice_name, unit_name
+from worker.systemd.names import Step, unit_name
+from worker.systemd.overrides import described
 from worker.systemd.state import UnitState
+from worker.systemd.survivors import survivors
 from worker.systemd.suspend import Suspension
 from worker.systemd.unit import Unit
 from worker.systemd.usage import Usage
@@ -33,45 +38,10 @@ from worker.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
-MIB = 1024 * 1024
-SAMPLE_SECONDS = 1.0
-SLOW_SAMPLE_SECONDS = 5.0
-"""Between two looks at a job that has run for a minute. The counters only grow, so nothing is
-missed; only the progress that is told is some seconds old."""
-YOUNG_SECONDS = 60.0
-LOOKS_PER_SECOND = 10
-"""At all jobs together, as with a hundred on a node each look counts."""
-MOST_SAMPLE_SECONDS = 10.0
-"""Between two looks at a job, however many there are."""
-PROGRESS_BYTES = 1024
-"""Enough for the last blocks of ffmpeg's progress, which have some 250 bytes each."""
 PROBE_TIMEOUT_SEC = 120
 PROBE_OUTPUT_BYTES = 1024 * 1024
 STREAM_FILES_MB = 2048
 """A stream leaves no output; its log and progress may grow to this, whatever max_disk_mb is."""
-CPU_WEIGHT = {Priority.HIGH: 200, Priority.MEDIUM: 100, Priority.LOW: 50}
-
-
-@dataclass(frozen=True, slots=True)
-class Programs:
-    """Absolute paths of what jobs run; empty where the node lacks it."""
-
-    ffmpeg: str
-    ffprobe: str
-
-    @classmethod
-    def find(cls) -> Programs:
-        return cls(shutil.which("ffmpeg") or "", shutil.which("ffprobe") or "")
-
-    def require(self) -> None:
-        """Raise JobError unless both are there."""
-        missing = [name for name in ("ffmpeg", "ffprobe") if not getattr(self, name)]
-        if missing:
-            raise JobError(
-                Reason.PLATFORM_ERROR,
-                f"{' and '.join(missing)} not found on this node (looked in PATH); "
-                "install the ffmpeg package and restart the worker",
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +57,27 @@ class StepRun:
     progress: Progress | None
     wall_seconds: float
     """Without the time for which it was paused."""
+    changes: str
+    """Limits that somebody else changed while it ran, for people; empty: none."""
 
 
-class Left(Exception):
-    """The job is left to the next agent, its unit running or not."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One step, before it is taken."""
+
+    step: Step
+    limits: Limits
+    command: tuple[str, ...]
+    what: str = ""
+    """For the sentence that tells of a failure; empty for the transcode."""
+    program: str = "ffmpeg"
+    source: str | None = None
+    output: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What is put on record with the start."""
+    readable: tuple[Path, ...] = ()
+    """Files that the unit is to see besides those of the job."""
+    given: InputFile | None = None
 
 
 class Steps:
@@ -106,6 +93,8 @@ class Steps:
         launcher: Launcher,
         on_output: Callable[[str], None],
         records: StepRecords,
+        site: Site,
+        disk: DiskWatch,
         suspension: Suspension | None = None,
     ) -> None:
         self.intent = Intent.NONE
@@ -118,6 +107,8 @@ class Steps:
         self._launcher = launcher
         self._on_output = on_output
         self._records = records
+        self._site = site
+        self._disk = disk
         self._suspension = suspension
         self._unit: Unit | None = None
         self._ended: list[Unit] = []
@@ -171,7 +162,7 @@ class Steps:
     ) -> StepRun:
         """Make the job's test input."""
         return await self._run(
-            Step.INPUT, space, spec, limits, command, what="generating the input"
+            space, spec, _Plan(Step.INPUT, limits, command, what="generating the input")
         )
 
     async def transcode(
@@ -182,29 +173,30 @@ class Steps:
         source: str,
         output: Path | str,
         facts: Mapping[str, Any],
+        given: InputFile | None = None,
+        readable: tuple[Path, ...] = (),
     ) -> StepRun:
         """The job proper, under its own limits. ``source`` and ``output`` are paths or URLs.
 
-        ``facts`` is what was learnt before, to be put on record with the start.
+        ``facts`` is what was learnt before, to be put on record with the start. ``given`` is the
+        input where it is a file that lies elsewhere, ``readable`` what the unit is to see besides.
         """
-        limits, is_stream = spec.limits, isinstance(spec.output, StreamOutput)
-        if is_stream:
+        limits = spec.limits
+        if isinstance(spec.output, StreamOutput):
             limits = replace(limits, disk_mb=max(limits.disk_mb, STREAM_FILES_MB))
-        return await self._run(
-            Step.MAIN,
-            space,
-            spec,
-            limits,
-            command,
-            facts=facts,
-            source=source,
-            output=str(output),
-            is_url=isinstance(spec.source, UrlInput),
-            is_stream=is_stream,
-        )
+        plan = _Plan(
+            Step.MAIN, limits, command, source=source, output=str(output), facts=facts,
+            given=given, readable=readable,
+        )  # fmt: skip
+        return await self._run(space, spec, plan)
 
     async def probe(
-        self, space: Workspace, spec: JobSpec, limits: Limits, command: tuple[str, ...]
+        self,
+        space: Workspace,
+        spec: JobSpec,
+        limits: Limits,
+        command: tuple[str, ...],
+        output: Path,
     ) -> str:
         """What ffprobe says of the output. Raises JobError if it could not be run."""
         limits = Limits(
@@ -213,9 +205,9 @@ class Steps:
             disk_mb=limits.disk_mb,
             timeout_sec=min(limits.timeout_sec, PROBE_TIMEOUT_SEC),
         )
-        run = await self._run(
-            Step.PROBE, space, spec, limits, command, what="probing the output", program="ffprobe"
-        )
+        what = "probing the output"
+        plan = _Plan(Step.PROBE, limits, command, what, program="ffprobe", readable=(output,))
+        run = await self._run(space, spec, plan)
         text = workspace.read_tail(space.stdout(Step.PROBE), PROBE_OUTPUT_BYTES)
         # An exit status of 1 is ffprobe's verdict on the file, to be read from what it printed.
         if not run.outcome.completed and run.outcome.reason in (
@@ -224,76 +216,44 @@ class Steps:
             raise JobError(run.outcome.reason, run.outcome.message)
         return text
 
-    def _launch(
-        self,
-        step: Step,
-        space: Workspace,
-        spec: JobSpec,
-        limits: Limits,
-        command: tuple[str, ...],
-    ) -> Launch:
-        what = {
-            Step.INPUT: "test input of", Step.MAIN: "transcode", Step.PROBE: "check of",
-        }[step]  # fmt: skip
-        if step is Step.MAIN and isinstance(spec.output, StreamOutput):
-            what = "stream of"
-        return Launch(
-            unit=unit_name(self._job.id, step),
-            description=f"FFmpeg {what} job {spec.id} ({spec.scenario or 'no scenario'}, "
-            f"{spec.queue}/{spec.priority})",
-            argv=command,
-            slice=slice_name(spec.queue),
-            limits=UnitLimits(
-                cpu_percent=limits.cpu_percent,
-                memory_bytes=limits.memory_mb * MIB,
-                runtime_sec=limits.timeout_sec,
-                file_bytes=limits.disk_mb * MIB,
-                cpu_weight=limits.cpu_weight or CPU_WEIGHT[spec.priority],
-                devices=(limits.io,) if limits.io else (),
-            ),
-            stdout=space.stdout(step),
-            environment=ffmpeg.report_environment(space.log(step)),
-            working_directory=space.path,
-            journal_fields={"JOB_ID": self._job.id, "SCENARIO": spec.scenario},
+    async def _run(self, space: Workspace, spec: JobSpec, plan: _Plan) -> StepRun:
+        step, record = plan.step, self._records.recorded(plan.step)
+        limits = _recorded_limits(plan.limits, record)
+        readable = (*plan.readable, *([plan.given.path] if plan.given else ()))
+        launch = launch_of(
+            step, self._job.id, space, spec, limits, plan.command, self._site, readable
         )
-
-    async def _run(
-        self,
-        step: Step,
-        space: Workspace,
-        spec: JobSpec,
-        limits: Limits,
-        command: tuple[str, ...],
-        *,
-        facts: Mapping[str, Any] | None = None,
-        what: str = "",
-        program: str = "ffmpeg",
-        source: str | None = None,
-        output: str | None = None,
-        is_url: bool = False,
-        is_stream: bool = False,
-    ) -> StepRun:
-        record = self._records.recorded(step)
-        limits = _recorded_limits(limits, record)
-        launch = self._launch(step, space, spec, limits, command)
         asked = time.monotonic()
-        unit = await self._unit_of(step, launch, limits, record, facts or {})
+        unit = await self._unit_of(plan, launch, limits, record)
         self._unit = unit
         try:
-            if self.intent is not Intent.NONE:  # told to stop while systemd was starting it
-                self._background(self._end(unit))
-            state = await self._follow(unit, launch.stdout)
+            following = Following(self._launcher, unit, self._on_output, self._left)
+            with self._disk.over(
+                space.files,
+                limits.disk_mb * MIB,
+                control_group=lambda: unit.state.control_group,
+                on_exceeded=lambda: self._background(self._kill(unit)),
+                spared_bytes=workspace.size_of(space.input()) or 0,
+                also=(launch.stdout,),
+            ) as disk:
+                if self.intent is not Intent.NONE:  # told to stop while systemd was starting it
+                    self._background(self._end(unit))
+                state = await following.end()
+                too_much = await disk.final()
             usage = await unit.usage()
             held = self._suspension.paused_seconds(unit) if self._suspension else 0.0
         finally:
             self._unit = None
             self._ended.append(unit)
+        left_behind = survivors(state.control_group)
         if step is Step.PROBE:
             self._ended.remove(unit)
             self._background(self._reap(unit))
+        main = step is Step.MAIN
+        is_stream = main and isinstance(spec.output, StreamOutput)
         log_text = workspace.read_ends(space.log(step))
-        if is_stream and output is not None:
-            log_text = without_key(log_text, output)
+        if is_stream and plan.output is not None:
+            log_text = without_key(log_text, plan.output)
         log = read_log(log_text)
         usage = usage.merged(
             # ffmpeg's own account of itself, the only one of a job that ends within a second.
@@ -307,10 +267,21 @@ class Steps:
             )
         )
         outcome = judge(
-            state, usage, self.intent, log, limits,
-            step=what, program=program, source=source, output=output, is_url=is_url,
-            is_stream=is_stream, executed=unit.started or bool(log_text),
+            state, usage, self.intent, log, changed_limits(limits, following.changes),
+            step=plan.what, program=plan.program, source=plan.source, output=plan.output,
+            is_url=main and isinstance(spec.source, UrlInput), is_stream=is_stream,
+            executed=unit.started or bool(log_text),
         )  # fmt: skip
+        if too_much and self.intent is Intent.NONE:
+            hint = "raise max_disk_mb, or ask for a lower bitrate or duration"
+            outcome = Outcome.failed(Reason.RESOURCE_ERROR, f"{too_much}; {hint}")
+        elif outcome.completed and left_behind:
+            # They could still write to what is about to be checked and published.
+            outcome = Outcome.failed(
+                Reason.RUNTIME_ERROR,
+                f"{plan.program} ended and left {len(left_behind)} processes behind; they are "
+                "ended, and nothing of the job is used",
+            )
         wall = state.wall_seconds
         if wall is None:
             wall = time.monotonic() - asked
@@ -323,15 +294,11 @@ class Steps:
             log_text=log_text,
             progress=parse_progress(workspace.read_tail(launch.stdout)),
             wall_seconds=max(0.0, wall - held),
+            changes=described(following.changes),
         )
 
     async def _unit_of(
-        self,
-        step: Step,
-        launch: Launch,
-        limits: Limits,
-        record: Mapping[str, Any] | None,
-        facts: Mapping[str, Any],
+        self, plan: _Plan, launch: Launch, limits: Limits, record: Mapping[str, Any] | None
     ) -> Unit:
         """The step's unit: a new one, or the one that an earlier agent started."""
         if self._left.is_set():
@@ -346,7 +313,7 @@ class Steps:
                 raise JobError(Reason.PLATFORM_ERROR, _gone(launch.unit, record))
         if self.intent is not Intent.NONE:
             raise JobError(Reason.PLATFORM_ERROR, stopped(self.intent).message)
-        if step is Step.PROBE:
+        if plan.step is Step.PROBE:
             if self.resumed:  # looked at by an agent that died meanwhile: look again
                 await self._launcher.stop_and_reap(launch.unit)
                 launch.stdout.unlink(missing_ok=True)  # else the new answer follows the old one
@@ -357,13 +324,35 @@ class Steps:
                 "disk_mb": limits.disk_mb,
                 "timeout_sec": limits.timeout_sec,
             }
-            await self._records.starting(step, launch.unit, {**facts, "limits": kept})
+            await self._records.starting(plan.step, launch.unit, {**plan.facts, "limits": kept})
             self._reap_ended()  # of the step before: what it told is on record now
         asked = time.monotonic()
         unit = await self._launcher.start(launch)
         self.start_seconds.append(time.monotonic() - asked)
         self._announce(unit)
+        if plan.given is not None and not plan.given.steady:
+            await self._check_given(unit, plan.given)
         return unit
+
+    async def _check_given(self, unit: Unit, given: InputFile) -> None:
+        """Raise JobError, with the unit ended, unless it sees the input that was judged.
+
+        systemd follows links when it maps the input, and whoever may write to the folders above
+        may have put one there since it was looked at.
+        """
+        try:
+            if is_that_file(unit.state.main_pid, given):
+                return
+        except OSError as error:
+            logger.warning("job %s: cannot see what its unit sees: %s", self._job.id, error)
+        self._ended.append(unit)
+        await unit.kill()
+        await unit.finished()
+        raise JobError(
+            Reason.INPUT_ERROR,
+            f"input {given.path} was replaced while the job was started, or could not be looked at "
+            "in time; give its folder to root, or run the job again",
+        )
 
     def _announce(self, unit: Unit) -> None:
         """The facts that an operator checks a job's limits by."""
@@ -374,26 +363,6 @@ class Steps:
             self._job.id, unit.name, state.main_pid, state.control_group, unit.launch.nice,
             limits.cpu_percent, (limits.memory_bytes or 0) // MIB, limits.runtime_sec,
         )  # fmt: skip
-
-    async def _follow(self, unit: Unit, stdout: Path) -> UnitState:
-        """Wait for the unit's end; look at it now and then meanwhile."""
-        ended = asyncio.create_task(unit.finished())
-        left = asyncio.create_task(self._left.wait())
-        begun = time.monotonic()
-        try:
-            while True:
-                unit.sample()
-                running = self._launcher.tracker.unfinished
-                pause = look_pause(time.monotonic() - begun, running)
-                await asyncio.wait({ended, left}, timeout=pause, return_when="FIRST_COMPLETED")
-                if ended.done():
-                    return ended.result()
-                if left.done():
-                    raise Left
-                self._on_output(workspace.read_tail(stdout, PROGRESS_BYTES))
-        finally:
-            ended.cancel()
-            left.cancel()
 
     def _reap_ended(self) -> None:
         for unit in self._ended:
@@ -413,6 +382,12 @@ class Steps:
         except SystemdError as error:
             logger.error("job %s: %s", self._job.id, error)
 
+    async def _kill(self, unit: Unit) -> None:
+        try:
+            await unit.kill()
+        except SystemdError as error:
+            logger.error("job %s: %s", self._job.id, error)
+
     async def _reap(self, unit: Unit) -> None:
         try:
             await unit.reap()
@@ -425,12 +400,6 @@ class Steps:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def look_pause(age: float, running: int) -> float:
-    """Seconds until the next look at a job of that age in seconds, one of so many that run."""
-    least = SAMPLE_SECONDS if age < YOUNG_SECONDS else SLOW_SAMPLE_SECONDS
-    return min(MOST_SAMPLE_SECONDS, max(least, running / LOOKS_PER_SECOND))
 
 
 def _at_most(value: int | None, limit: int | None) -> int | None:

@@ -31,7 +31,7 @@ STATUS_PAUSE_SECONDS = 1.0
 """The shortest: jobs may begin and end by the dozen, and each look costs half a millisecond."""
 ATTACHMENTS_SECONDS = 15.0
 """Between two counts of what is attached; each costs systemd a walk over its units."""
-HISTORY_SECONDS = 3600.0
+HISTORY_SECONDS = 300.0
 MOST_HISTORY = 10_000
 """Jobs that stay in the history at most, however young they are."""
 WORK_FILES = ("input_*", "job_*_output.*")
@@ -99,7 +99,7 @@ class Upkeep:
             await asyncio.sleep(ATTACHMENTS_SECONDS)
 
     async def history(self) -> None:
-        """Remove, each hour, what is older than HISTORY_DAYS."""
+        """Remove, every five minutes, what is older than HISTORY_DAYS."""
         days = self._settings.history_days
         while True:
             try:

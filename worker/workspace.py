@@ -1,42 +1,62 @@
-"""The files of one job: a private folder while it runs, a published output when it is done.
+"""The files of one job: a private folder while it runs.
 
-Jobs are children of PID 1, not of the agent, so their files live where both see the same
-thing: ``<work-dir>/jobs/<id>/``. The folder is locked (flock(2)) for as long as a process of
-ours is responsible for the job; a folder without a lock was left behind by a crash.
+Jobs are children of PID 1, not of the agent, so their files live where both see the same thing:
+``<work-dir>/jobs/<id>/`` is the agent's own, and only ``files/`` in it is the job's. What is in
+there is hostile. The folder is locked (flock(2)) for as long as a process of ours is responsible
+for the job; a folder without a lock was left behind by a crash.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import logging
 import os
-import secrets
-import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from worker.errors import JobError, Reason, WorkerError
+from worker.files import handover, removal
+from worker.files.opening import closing, identity, open_folder, reason
+from worker.files.publish import drop_other_name
+from worker.files.reading import read_ends, read_tail, size_of
+from worker.files.removal import remove_tree
+
+__all__ = [
+    "Workspace",
+    "abandoned",
+    "make_private",
+    "read_ends",
+    "read_tail",
+    "reason",
+    "remove_tree",
+    "require_work_dir",
+    "size_of",
+    "try_lock",
+    "using",
+]
 
 logger = logging.getLogger(__name__)
 
-HEAD_BYTES = 64 * 1024
-TAIL_BYTES = 256 * 1024
+_FILES = "files"
 _PUBLISHING = "publishing.json"
+_SECRETS = "stream.options"
 
 
 class Workspace:
-    """The locked folder of one job. Use :meth:`create`; :meth:`remove` ends it."""
+    """The locked folder of one job. Use :meth:`create`; :meth:`remove` ends it.
 
-    def __init__(self, path: Path, lock: int) -> None:
+    ``group`` is that of all jobs, which may write to ``files/`` then; None: jobs run as we do.
+    """
+
+    def __init__(self, path: Path, lock: int, group: int | None = None) -> None:
         self.path = path
         self._lock: int | None = lock
+        self._group = group
 
     @classmethod
-    def create(cls, jobs_dir: Path, name: str) -> Workspace:
+    def create(cls, jobs_dir: Path, name: str, group: int | None = None) -> Workspace:
         """Make and lock ``jobs_dir/name``, replacing what a crashed run left there.
 
         ``name`` must be a plain file name (``worker.systemd.names.safe_id``).
@@ -46,20 +66,15 @@ class Workspace:
         path = jobs_dir / name
         try:
             make_private(jobs_dir)
-            lock = _fresh(path)
+            return cls._locked(path, _fresh(path), group)
         except OSError as error:
             raise JobError(
                 reason(error),
                 f"cannot make the job's folder {path}: {error.strerror}",
             ) from error
-        if lock is None:
-            raise JobError(
-                Reason.PLATFORM_ERROR, f"another process is running this job already ({path})"
-            )
-        return cls(path, lock)
 
     @classmethod
-    def reopen(cls, jobs_dir: Path, name: str) -> Workspace:
+    def reopen(cls, jobs_dir: Path, name: str, group: int | None = None) -> Workspace:
         """Take over ``jobs_dir/name`` with all that is in it; made if it is missing.
 
         Raises JobError as :meth:`create` does.
@@ -67,42 +82,29 @@ class Workspace:
         path = jobs_dir / name
         try:
             make_private(path)
-            lock = try_lock(path)
+            return cls._locked(path, try_lock(path), group)
         except OSError as error:
             raise JobError(
                 reason(error), f"cannot use the job's folder {path}: {error.strerror}"
             ) from error
+
+    @classmethod
+    def _locked(cls, path: Path, lock: int | None, group: int | None) -> Workspace:
         if lock is None:
             raise JobError(
                 Reason.PLATFORM_ERROR, f"another process is running this job already ({path})"
             )
-        return cls(path, lock)
-
-    def let_go(self) -> None:
-        """Unlock the folder as it is, for the next agent."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def publishing(self, staged: Path, target: Path) -> None:
-        """Note what is about to be published, so that a later agent can tell that it was.
-
-        Raises OSError.
-        """
-        found = staged.lstat()
-        note = {"target": str(target), "device": found.st_dev, "inode": found.st_ino}
-        (self.path / _PUBLISHING).write_text(json.dumps(note), encoding="ascii")
-
-    def published(self) -> Path | None:
-        """Where the output is already, noted by :meth:`publishing` and renamed since."""
         try:
-            note = json.loads((self.path / _PUBLISHING).read_bytes())
-            target = Path(note["target"])
-            found = target.lstat()
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        same = (found.st_dev, found.st_ino) == (note.get("device"), note.get("inode"))
-        return target if same else None
+            _make_files(lock, group)
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(path, lock, group)
+
+    @property
+    def files(self) -> Path:
+        """The job's own folder, the only one that it can write to."""
+        return self.path / _FILES
 
     def stdout(self, step: str) -> Path:
         """Where systemd appends the standard output of a step's unit."""
@@ -110,21 +112,93 @@ class Workspace:
 
     def log(self, step: str) -> Path:
         """Where ffmpeg writes its own log of a step."""
-        return self.path / f"{step}.log"
+        return self.files / f"{step}.log"
+
+    def input(self) -> Path:
+        """Where a unit of the job makes its test input."""
+        return self.files / "input.mp4"
+
+    def output(self, suffix: str) -> Path:
+        """Where the job writes its output."""
+        return self.files / f"output{suffix}"
+
+    def take_input(self) -> int | None:
+        """Make the test input ours, for the next unit to read; its size, None if there is none.
+
+        Raises JobError: ``runtime_error`` if it is not a regular file of its own.
+        """
+        return handover.make_readable(self.input(), self._group)
+
+    def take_output(self, suffix: str) -> Path | None:
+        """Move the output out of the job's reach, readable for the next unit; None: there is none.
+
+        To be called when the job's unit has no process left, and before it is published; may be
+        repeated until then, also by a later agent.
+
+        Raises JobError: ``runtime_error`` if it is not a regular file of its own.
+        """
+        name = self.output(suffix).name
+        size = handover.take(name, self.files, self.path, self._group)
+        return None if size is None else self.path / name
+
+    def write_secrets(self, text: str) -> Path:
+        """A file that the job can read and nobody else, unless they are root. Raises OSError."""
+        path = self.path / _SECRETS
+        path.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+            if self._group is not None:
+                os.fchown(file.fileno(), -1, self._group)
+                os.fchmod(file.fileno(), 0o640)
+        return path
+
+    def publishing(self, staged: Path, target: Path) -> None:
+        """Note what is about to be published, so that a later agent can tell that it was.
+
+        Raises OSError.
+        """
+        found = staged.lstat()
+        note = {
+            "staged": str(staged),
+            "target": str(target),
+            "device": found.st_dev,
+            "inode": found.st_ino,
+        }
+        (self.path / _PUBLISHING).write_text(json.dumps(note), encoding="ascii")
+
+    def published(self) -> Path | None:
+        """Where the output is already: noted by :meth:`publishing`, and given its name since.
+
+        To be asked before :meth:`take_output`. Where the agent died when the file had both names,
+        the first one goes now.
+        """
+        try:
+            note = json.loads((self.path / _PUBLISHING).read_bytes())
+            target = Path(note["target"])
+            found = target.lstat()
+            if identity(found) != (note["device"], note["inode"]):
+                return None
+            if "staged" in note:  # which an earlier version did not write down
+                drop_other_name(Path(note["staged"]), found)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return target
+
+    def let_go(self) -> None:
+        """Unlock the folder as it is, for the next agent."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def clear(self) -> None:
         """Delete what is in the folder. The empty folder still says that the job is held.
 
-        What cannot be deleted is named in the log.
+        What cannot be deleted is named in the log. Takes as long as the job made it take, see
+        ``worker.files.removal``.
         """
-        try:
-            for path in self.path.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    remove_tree(path)
-                else:
-                    path.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("cannot clear %s: %s", self.path, error)
+        if self._lock is not None:
+            removal.empty(self.path, self._lock)
 
     def remove(self) -> None:
         """Delete the folder with all that is in it, and let go of the lock; may be repeated."""
@@ -132,6 +206,16 @@ class Workspace:
             remove_tree(self.path)
             os.close(self._lock)
             self._lock = None
+
+
+def _make_files(folder: int, group: int | None) -> None:
+    """Make ``files/``, which a version before this one did not have."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(_FILES, 0o700, dir_fd=folder)
+    with closing(open_folder(_FILES, folder)) as files:
+        if group is not None:
+            os.fchown(files, -1, group)
+            os.fchmod(files, 0o770)
 
 
 def _fresh(path: Path) -> int | None:
@@ -174,183 +258,6 @@ def abandoned(jobs_dir: Path) -> Iterator[Path]:
             if lock is not None:
                 os.close(lock)
                 yield path
-
-
-def remove_tree(path: Path) -> None:
-    """Delete a folder; what cannot be deleted is named in the log."""
-
-    def report(_function: object, name: str, info: tuple[type, BaseException, object]) -> None:
-        if not isinstance(info[1], FileNotFoundError):
-            logger.warning("cannot remove %s: %s; remove it by hand", name, info[1])
-
-    shutil.rmtree(path, onerror=report)
-
-
-def size_of(path: Path) -> int | None:
-    """Size in bytes of a regular file; None where there is none."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-
-def read_ends(path: Path) -> str:
-    """The first and the last part of a text file that may be of any size; "" if it is missing.
-
-    In whole lines: half a line could be half a URL, whose secrets nobody recognises.
-    """
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-            size = os.fstat(file.fileno()).st_size
-            if size <= HEAD_BYTES + TAIL_BYTES:
-                return (head + file.read(TAIL_BYTES)).decode("utf-8", "replace")
-            file.seek(size - TAIL_BYTES)
-            tail = file.read(TAIL_BYTES)
-    except FileNotFoundError:
-        return ""
-    whole = head.rpartition(b"\n")[0] + b"\n" + tail.partition(b"\n")[2]
-    return whole.decode("utf-8", "replace")
-
-
-def read_tail(path: Path, size: int = 16 * 1024) -> str:
-    """The last part of a text file; "" if it is missing."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - size))
-            return file.read(size).decode("utf-8", "replace")
-    except FileNotFoundError:
-        return ""
-
-
-def check_input(path: Path) -> int:
-    """Size in bytes of a job's input file.
-
-    Raises JobError (``input_error``) unless it is a regular, readable, non-empty file.
-    """
-    try:
-        found = path.stat()
-        # Looked at before it is opened: opening a named pipe would wait for its writer.
-        if not stat.S_ISREG(found.st_mode):
-            raise JobError(Reason.INPUT_ERROR, f"input {path} is not a regular file")
-        with path.open("rb"):
-            pass
-    except FileNotFoundError:
-        raise JobError(Reason.INPUT_ERROR, f"input {path} does not exist on this node") from None
-    except OSError as error:
-        raise JobError(
-            Reason.INPUT_ERROR, f"input {path} cannot be read: {error.strerror}"
-        ) from error
-    if found.st_size == 0:
-        raise JobError(Reason.INPUT_ERROR, f"input {path} is empty")
-    return found.st_size
-
-
-def check_output(path: Path, source: Path | None, private: Path | None = None) -> None:
-    """Raise JobError unless an output can be published at ``path`` when it is done.
-
-    Below ``private`` lie the folders of jobs, which are deleted with all that is in them.
-    """
-    folder = path.parent
-    try:
-        if not folder.is_dir():
-            raise JobError(
-                Reason.USER_ERROR,
-                f"output folder {folder} does not exist on this node; make it first",
-            )
-        if path.is_dir():
-            raise JobError(Reason.USER_ERROR, f"output {path} is a folder; name a file")
-        if source is not None and path.exists() and path.samefile(source):
-            raise JobError(Reason.USER_ERROR, f"output {path} is the same file as the input")
-        if private is not None and folder.resolve().is_relative_to(private.resolve()):
-            raise JobError(Reason.USER_ERROR, f"output {path} is among the worker's own files")
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise JobError(
-            Reason.PLATFORM_ERROR, f"output {path} cannot be looked at: {error.strerror}"
-        ) from error
-    if not writable:
-        raise JobError(
-            Reason.PLATFORM_ERROR,
-            f"output folder {folder} is not writable for the worker; allow it with "
-            f"`systemctl edit ffmpeg-worker`, [Service] ReadWritePaths={folder}",
-        )
-
-
-def publish(staged: Path, target: Path, *, copy: bool = False) -> int:
-    """Put a finished file under its final name, whole or not at all; its size in bytes.
-
-    A rename where that is possible, else a copy beside the target and then the rename; always
-    so with ``copy``, which leaves ``staged`` where it is. A symbolic link at ``target`` is
-    replaced, never followed.
-
-    Raises JobError if the target's folder refuses it.
-    """
-    try:
-        size = _finish(staged)
-        try:
-            if copy:
-                _copy_beside(staged, target)
-            else:
-                staged.replace(target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            _copy_beside(staged, target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise JobError(
-            reason(error),
-            f"cannot publish the output as {target}: {error.strerror}",
-        ) from error
-    return size
-
-
-def _copy_beside(staged: Path, target: Path) -> None:
-    # Named after the target as far as NAME_MAX allows, so that its owner can tell what it is.
-    start = target.name.encode()[:200].decode(errors="ignore")
-    part = target.with_name(f".{start}.{secrets.token_hex(4)}.part")
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(fd, "wb") as copy, staged.open("rb") as source:
-            shutil.copyfileobj(source, copy, 1024 * 1024)
-            os.fchmod(copy.fileno(), 0o644)
-            copy.flush()
-            os.fsync(copy.fileno())
-        part.replace(target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _finish(staged: Path) -> int:
-    """Give a finished file its final mode, put it on the disk (fsync(2)); its size."""
-    fd = os.open(staged, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-            raise OSError(errno.EINVAL, "it is not a regular file of its own")
-        os.fchmod(fd, 0o644)
-        os.fsync(fd)
-        return found.st_size
-    finally:
-        os.close(fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def reason(error: OSError) -> Reason:
-    """Whose fault it is that a file of ours could not be used."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return Reason.RESOURCE_ERROR if full else Reason.PLATFORM_ERROR
 
 
 def require_work_dir(work_dir: Path) -> Path:

@@ -1,15 +1,16 @@
 """Stands in for an ffmpeg that its input has taken over. Runs inside a job's unit.
 
 Called as ffmpeg is. What it is to do stands in a file that every job can read: one of the functions
-below whose names are public. What it found out goes into ffmpeg's own log, as one line of JSON, and
-so to the master in the job's result. Questions of the agent (-encoders and the like), and jobs for
-which nothing is ordered, go to the real ffmpeg.
+below whose names are public, by the bitrate that the job asked for. What it found out goes into
+ffmpeg's own log, in lines of JSON, and so to the master in the job's result. Questions of the
+agent (-encoders and the like), and jobs for which nothing is ordered, go to the real ffmpeg.
 
 Uses nothing but the standard library: it is run by the distribution's Python.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -17,8 +18,12 @@ import mmap
 import os
 import re
 import resource
+import select
+import signal
 import socket
 import stat
+import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -141,6 +146,27 @@ def _see_others(order: dict[str, object]) -> str:
     if not seen:
         raise PermissionError(errno.EPERM, "no other process is seen")
     return f"sees {seen}"
+
+
+def _drop_and_run() -> str:
+    for folder in (os.getcwd(), "/tmp", "/var/tmp", "/dev/shm"):
+        path = f"{folder}/dropped"
+        try:
+            with open("/bin/true", "rb") as source, open(path, "wb") as file:
+                file.write(source.read())
+            os.chmod(path, 0o755)
+        except OSError:
+            continue
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.execv(path, [path])
+            finally:
+                os._exit(126)
+        _, status = os.waitpid(pid, 0)
+        if os.waitstatus_to_exitcode(status) == 0:
+            return f"{path} was run"
+    raise PermissionError(errno.EACCES, "nothing dropped could be run")
 
 
 def _set_uid_bit() -> str:
@@ -275,6 +301,7 @@ def attempts(order: dict[str, object]) -> dict[str, Callable[[], object]]:
         "realtime": _realtime,
         "no limit on files": _raise_limit,
         "writable code": _writable_code,
+        "run what was dropped": _drop_and_run,
         "code made executable": _code_made_executable,
         "another cgroup": _cgroup_escape,
         "signal others": lambda: _signal_others(order),
@@ -286,19 +313,228 @@ def attempts(order: dict[str, object]) -> dict[str, Callable[[], object]]:
 
 def look_around(order: dict[str, object]) -> dict[str, str]:
     """Try all that a job must not be able to do: for each, why it could not, or ALLOWED."""
-    outcome = {}
-    for name, attempt in attempts(order).items():
+    return {name: _tried(attempt) for name, attempt in attempts(order).items()}
+
+
+def _tried(attempt: Callable[[], object]) -> str:
+    """The outcome, found out by a process of its own: what comes through may change all else."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
         try:
-            outcome[name] = f"ALLOWED: {attempt()}"
+            outcome = f"ALLOWED: {attempt()}"
         except (OSError, ValueError) as error:
-            outcome[name] = f"denied: {error}"
-    return outcome
+            outcome = f"denied: {error}"
+        os.write(writing, outcome.encode())
+        os._exit(0)
+    os.close(writing)
+    ready, _, _ = select.select([reading], [], [], 20)
+    text = os.read(reading, 4096).decode() if ready else "ALLOWED: it is at it yet"
+    os.close(reading)
+    with contextlib.suppress(OSError):  # not even its own, where that is filtered
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return text
 
 
 def sleep(order: dict[str, object]) -> dict[str, str]:
     """Do nothing for a while."""
     time.sleep(float(str(order.get("seconds", 5))))
     return {}
+
+
+def fork_bomb(order: dict[str, object]) -> dict[str, str]:
+    """Fork as fast as it goes, each of the new ones as well."""
+    while True:
+        try:
+            os.fork()
+        except OSError:
+            continue
+
+
+def memory_bomb(order: dict[str, object]) -> dict[str, str]:
+    """Take memory, and touch it."""
+    taken = []
+    while True:
+        taken.append(bytearray(os.urandom(1 << 20)) * 8)
+
+
+def busy_loop(order: dict[str, object]) -> dict[str, str]:
+    """Two busy processes for each CPU."""
+    for _ in range(2 * (os.cpu_count() or 1) - 1):
+        if os.fork() == 0:
+            break
+    while True:
+        pass
+
+
+def fill_disk(order: dict[str, object]) -> dict[str, str]:
+    """Write one file after the other, each of a size that is allowed."""
+    block, number = os.urandom(1 << 20), 0
+    while True:
+        number += 1
+        with open(f"fill-{number}", "wb", buffering=0) as file:
+            for _ in range(16):
+                file.write(block)
+
+
+def fill_disk_unseen(order: dict[str, object]) -> dict[str, str]:
+    """The same with files that have no name any more."""
+    block, kept = os.urandom(1 << 20), []
+    while True:
+        kept.append(open("fill", "wb", buffering=0))  # noqa: SIM115 - kept open
+        os.unlink("fill")
+        for _ in range(16):
+            kept[-1].write(block)
+
+
+def fill_disk_with_names(order: dict[str, object]) -> dict[str, str]:
+    """A million empty files."""
+    for number in range(1_000_000):
+        os.close(os.open(f"name-{number}", os.O_CREAT | os.O_WRONLY))
+    time.sleep(60)
+    return {}
+
+
+def dig(order: dict[str, object]) -> dict[str, str]:
+    """A tree of folders too deep for a program that calls itself for each, then the transcode."""
+    top = os.open(".", os.O_RDONLY)
+    for _ in range(int(str(order.get("depth", 20_000)))):
+        os.mkdir("d")
+        os.chdir("d")
+    os.fchdir(top)
+    return {}
+
+
+def leave_a_child(order: dict[str, object]) -> dict[str, str]:
+    """A process that outlives the transcode, to change the output after it was checked."""
+    if os.fork() == 0:
+        os.setsid()
+        for number in (0, 1, 2):
+            os.dup2(os.open("/dev/null", os.O_RDWR), number)
+        time.sleep(600)
+    return {}
+
+
+def wait(order: dict[str, object]) -> dict[str, str]:
+    """Until somebody on the host makes a file named ``go`` in the job's folder."""
+    while not os.path.exists("go"):
+        time.sleep(0.02)
+    os.unlink("go")
+    return {}
+
+
+def swap_files(order: dict[str, object]) -> dict[str, str]:
+    """End well, with something else in the place of the output or the log (``what``)."""
+    _transcode()
+    path = sys.argv[-1].removeprefix("file:")
+    if order["what"] == "log":
+        path = str(_log(sys.argv[1:]))
+        Path(path).touch()
+    kind, target = order["kind"], str(order.get("target"))
+    os.rename(path, "other")
+    if kind == "symlink":
+        os.symlink(target, path)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        os.mkdir(path)
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o666)
+    elif kind == "hard link":
+        os.link("other", path)
+    elif kind == "text":
+        Path(path).write_text(target * int(str(order.get("times", 1))))
+    elif kind == "garbage":
+        Path(path).write_bytes(os.urandom(1 << 20))
+    sys.exit(int(str(order.get("status", 0))))
+
+
+def change_modes(order: dict[str, object]) -> dict[str, str]:
+    """End well, with rights on the output that it should not have, and tell which it got."""
+    _transcode()
+    path = sys.argv[-1].removeprefix("file:")
+    # Version 2, for the group of all jobs: acl(5), linux/posix_acl_xattr.h.
+    entries = ((1, 7, -1), (4, 7, -1), (8, 7, os.getgid()), (0x10, 7, -1), (0x20, 7, -1))
+    acl = struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", tag, rights, who & 0xFFFFFFFF) for tag, rights, who in entries
+    )
+    return _outcomes(
+        {
+            "set-uid": lambda: os.chmod(path, 0o4755),
+            "set-gid": lambda: os.chmod(path, 0o2755),
+            "access list": lambda: os.setxattr(path, "system.posix_acl_access", acl),
+            "another mode": lambda: os.chmod(path, int(str(order["mode"]))),
+            "another owner": lambda: os.chown(path, 0, 0),
+        }
+    )
+
+
+def lock_up(order: dict[str, object]) -> dict[str, str]:
+    """Folders that nobody may pass, and what else could be in the way of cleaning up."""
+    own, folder = os.getcwd(), Path("locked/in/it")
+    folder.mkdir(parents=True)
+    (folder / "file").touch(mode=0)
+    (folder / "again").symlink_to(own)
+    os.mkfifo(folder / "pipe")
+    for path in (folder, *folder.parents[:-1]):
+        path.chmod(0)
+    Path("-rf").touch()
+    Path(os.fsdecode(b"\xff\n\x1b[2J")).mkdir()
+    found = _outcomes(
+        {
+            "its folder's mode": lambda: os.chmod(own, 0),
+            "its folder's name": lambda: os.rename(own, f"{own}2"),
+            "no folder": lambda: os.rmdir(own),
+            "a file beside it": _write(f"{own}/../x"),
+            "an attribute": lambda: os.setxattr("-rf", "trusted.x", b"x"),
+            "the record of what is published": _write(f"{own}/../publishing.json"),
+        }
+    )
+    _transcode()
+    return found
+
+
+def litter(order: dict[str, object]) -> dict[str, str]:
+    """Many names, then the transcode."""
+    for number in range(int(str(order["count"]))):
+        if number % 50_000 == 0:
+            os.mkdir(f"d{number}")
+            os.chdir(f"d{number}")
+        os.close(os.open(f"{number}", os.O_CREAT | os.O_WRONLY))
+    return {}
+
+
+def flood(order: dict[str, object]) -> dict[str, str]:
+    """Standard output full of what the agent may take for ffmpeg's or for systemd's."""
+    own = Path("/proc/self/cgroup").read_text().rpartition(":")[2].strip()
+    text = str(order["text"]).replace("CGROUP", f"/sys/fs/cgroup{own}")
+    with open(1, "wb", closefd=False) as out:
+        for _ in range(int(str(order.get("times", 1)))):
+            out.write(text.encode())
+        out.write(os.urandom(int(str(order.get("garbage", 0)))))
+    return {}
+
+
+def list_places(order: dict[str, object]) -> dict[str, str]:
+    """What is in files and folders, or why that cannot be seen."""
+    return _outcomes({str(path): _read(str(path)) for path in order["files"]})  # type: ignore[attr-defined]
+
+
+def _outcomes(attempts: dict[str, Callable[[], object]]) -> dict[str, str]:
+    outcome = {}
+    for name, attempt in attempts.items():
+        try:
+            outcome[name] = f"ALLOWED: {attempt()}"
+        except OSError as error:
+            outcome[name] = f"denied: {error}"
+    return outcome
+
+
+def _transcode() -> None:
+    """As the real one would, but for the log."""
+    environment = {name: value for name, value in os.environ.items() if name != "FFREPORT"}
+    subprocess.run([REAL, *sys.argv[1:]], check=True, env=environment)
 
 
 def _log(argv: list[str]) -> Path:
@@ -310,12 +546,15 @@ def _log(argv: list[str]) -> Path:
 
 def main(argv: list[str]) -> NoReturn:
     """Do as ordered, once for each run of the transcode proper; else be ffmpeg."""
-    order = json.loads(ORDERS.read_text()) if ORDERS.exists() else {}
-    if "FFREPORT" not in os.environ or not order or "lavfi" in argv:
+    orders = json.loads(ORDERS.read_text()) if ORDERS.exists() else {}
+    bitrate = argv[argv.index("-b:v") + 1] if "-b:v" in argv else ""
+    order = orders.get(bitrate) or orders.get("*")
+    if "FFREPORT" not in os.environ or order is None or "lavfi" in argv:
         os.execv(REAL, [REAL, *argv])
     found = globals()[order["do"]](order)
     with _log(argv).open("a") as log:
-        log.write(f"{MARK}{json.dumps(found)}\n")
+        for name, outcome in found.items():  # long lines are cut on their way
+            log.write(f"{MARK}{json.dumps([name, outcome[:1000]])}\n")
     if order.get("then") == "transcode":
         os.execv(REAL, [REAL, *argv])
     sys.exit(int(order.get("status", 1)))

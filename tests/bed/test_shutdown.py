@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bed import Bed
 
+from tests import accounts
 from tests.fakes.master import FakeMaster
 from tests.slowness import SLOWNESS
 
@@ -41,6 +42,8 @@ class Machine:
                 "MAX_CONCURRENT_JOBS": "4",
                 "METRICS_PORT": "0",
                 "LOG_FILE": folder / "worker.log",
+                "INPUT_DIRS": folder,
+                "OUTPUT_DIRS": folder,
             }.items()
         )
         self.work_dir = folder / "work"
@@ -53,7 +56,8 @@ class Machine:
             host_network=True,
         )
         self._bed.up()
-        for unit in (ROOT / "units").iterdir():
+        self._bed.run(["systemd-sysusers", accounts.SYSUSERS], check=True)
+        for unit in (ROOT / "units").glob("*.s*ice"):
             text = unit.read_text()
             text = text.replace("/usr/local/bin", str(ROOT / ".venv/bin"))
             text = text.replace("UMask=", f"ReadWritePaths={self._folder}\nUMask=")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import shutil
@@ -11,16 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from worker.acceptance import NoRecords
+from tests import accounts
 from worker.config.settings import Settings
-from worker.errors import SystemdError
 from worker.jobs.capabilities import TYPICAL
 from worker.jobs.parse import parse_job
+from worker.launching import launch_of
 from worker.master.wire import Job
-from worker.steps import Steps
+from worker.programs import Programs
+from worker.site import Site
 from worker.systemd.launch import Launch, UnitLimits
 from worker.systemd.launcher import Launcher
-from worker.systemd.names import slice_name, unit_name
+from worker.systemd.names import Step, slice_name, unit_name
 from worker.workspace import Workspace
 
 TRUE = (shutil.which("true") or "/bin/true",)
@@ -46,34 +46,17 @@ def limits_only(folder: Path) -> Launch:
     )
 
 
-class _Recorder(Launcher):
-    launch: Launch | None = None
-
-    async def start(self, launch: Launch) -> Any:
-        self.launch = launch
-        raise SystemdError("only recorded")
-
-
 def as_a_job(folder: Path) -> Launch:
     """What a job with a given input is started with, but for the program."""
-
-    async def record() -> Launch:
-        source = folder / "given.mp4"
-        source.touch()
-        job = Job(id=JOB_ID, scenario="720p30-h264", parameters={"input": str(source)})
-        spec = parse_job(job, TYPICAL, Settings().defaults, generate_input=True)
-        space = Workspace.create(folder / "jobs", JOB_ID)
-        recorder = _Recorder()
-        steps = Steps(job, recorder, lambda _text: None, NoRecords())
-        try:
-            await steps.transcode(space, spec, TRUE, str(source), folder / "out.mp4", {})
-        except SystemdError:
-            if recorder.launch is None:
-                raise
-        assert recorder.launch is not None
-        return recorder.launch
-
-    return asyncio.run(record())
+    accounts.ensure()
+    source = folder / "given.mp4"
+    source.write_bytes(b"x")
+    settings = Settings(work_dir=folder, input_dirs=(folder,))
+    site = Site.prepare(settings, Programs(*TRUE, *TRUE))
+    job = Job(id=JOB_ID, scenario="720p30-h264", parameters={"input": str(source)})
+    spec = parse_job(job, TYPICAL, settings.defaults, generate_input=True, policy=settings.policy)
+    space = Workspace.create(folder / "jobs", JOB_ID, site.gid)
+    return launch_of(Step.MAIN, JOB_ID, space, spec, spec.limits, TRUE, site, (source,))
 
 
 async def observe(launch: Launch) -> tuple[Wire, list[str], float]:

@@ -17,6 +17,7 @@ from tests.fakes.master import FakeMaster
 from worker.config.settings import Settings
 from worker.jobs import ffmpeg
 from worker.jobs.parse import parse_job
+from worker.jobs.policy import Policy
 from worker.master.wire import Job
 from worker.node.facts import gather
 
@@ -29,6 +30,7 @@ def run(bench: Bench) -> None:
     bench.begin("makespan", f"chunks of {JOBS} jobs, {WORKERS} at a time, as a ratio")
     capabilities = asyncio.run(gather()).capabilities
     source = bench.folder / "source.mp4"
+    policy = Policy(input_dirs=(bench.folder,), output_dirs=(bench.folder,))
     seconds = 2.0
     make_media(source, seconds=seconds, size=_SIZE, rate=30)
 
@@ -39,7 +41,7 @@ def run(bench: Bench) -> None:
     def commands(number: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What the service runs for that job, by the same functions."""
         job = Job.model_validate({"id": "bench", **request(number)})
-        spec = parse_job(job, capabilities, Settings().defaults, generate_input=True)
+        spec = parse_job(job, capabilities, Settings().defaults, generate_input=True, policy=policy)
         assert isinstance(spec.output, Path)
         return (
             ffmpeg.transcode_command(spec, shutil.which("ffmpeg") or "", source, spec.output),

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from tests import accounts
 from tests.fakes.master import FakeMaster
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,8 @@ PYTHON = ROOT / ".venv/bin/python"
 METRICS_PORT = 19092
 BARE_IMPORTS = "import dbus_next, httpx, pydantic, prometheus_client, pyudev"
 _CONFIG = Path("/run/ffmpeg-worker-bench.env")
+_FILES = "/tmp /var/tmp"
+"""Where benchmarks keep theirs."""
 _DROP_IN = UNITS / f"{SERVICE}.d" / "bench.conf"
 # The project is read-only here: without it, every start would compile all modules again. The path
 # is set where this benchmark itself runs with another D-Bus library.
@@ -40,6 +43,7 @@ def sh(*command: str | Path) -> str:
 
 def install() -> None:
     """The slices and the service as shipped, but for where program and configuration lie."""
+    accounts.ensure()
     UNITS.mkdir(parents=True, exist_ok=True)
     for unit in (ROOT / "units").glob("*.slice"):
         shutil.copy(unit, UNITS)
@@ -80,6 +84,8 @@ class Service:
             "METRICS_PORT": METRICS_PORT,
             "METRICS_ADDR": "127.0.0.1",
             "STOP_GRACE": "0s",
+            "INPUT_DIRS": _FILES.replace(" ", ":"),
+            "OUTPUT_DIRS": _FILES.replace(" ", ":"),
             **config,
         }
         self._config = "".join(f"{key}={value}\n" for key, value in settings.items())
@@ -87,6 +93,7 @@ class Service:
         path = f"{programs}:{path}" if programs else path
         variables = {"PATH": path, **CACHE, **environment}
         lines = [f"Environment={key}={value}" for key, value in variables.items()]
+        lines.append(f"ReadWritePaths={_FILES}")
         if command:
             lines += ["ExecStart=", f"ExecStart={command}"]
         self._drop_in = "\n".join(["[Service]", "Restart=no", *lines, ""])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import accounts
 from tests.chaos import points
 from tests.slowness import SLOWNESS
 from worker.ledger import Entry, reading
@@ -73,6 +74,8 @@ class Node:
             "STOP_GRACE": "0s",
             "STOP_MODE": "handback",
             "DEFAULT_DISK_MB": "10",
+            "INPUT_DIRS": str(points.FOLDER),
+            "OUTPUT_DIRS": str(points.FOLDER),
             **settings,
         }
         self._cursor = (
@@ -189,10 +192,11 @@ def installed() -> Iterator[None]:
             "this starts a system service, so it only runs in the test bed: "
             "tests/bed/bed.py run -- .venv/bin/python -m tests.chaos"
         )
+    accounts.ensure()
     text = (ROOT / "units" / SERVICE).read_text()
     text = text.replace("/usr/local/bin/ffmpeg-worker", f"{PYTHON} -P {ROOT}/tests/chaos/agent.py")
     text = text.replace("/etc/ffmpeg-worker/config.env", str(CONFIG))
-    text = text.replace("RestartSec=10s", "RestartSec=100ms")
+    text = text.replace("RestartSec=10s", f"RestartSec=100ms\nReadWritePaths={points.FOLDER}")
     text = text.replace("[Service]\n", "StartLimitIntervalSec=0\n\n[Service]\n", 1)
     wanted = {UNITS / unit.name: unit.read_text() for unit in (ROOT / "units").glob("*.slice")}
     wanted[UNITS / SERVICE] = text

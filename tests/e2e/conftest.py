@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import accounts
 from tests.fakes.master import FakeMaster
 from tests.slowness import SLOWNESS
 
@@ -59,6 +60,9 @@ class Worker:
             "LOG_LEVEL": "debug",
             "STOP_GRACE": "0s",
             "JOB_CHECK_INTERVAL": "1s",
+            # Besides the defaults, where tests keep their files.
+            "INPUT_DIRS": f"{WORK_DIR}/media:/tmp",
+            "OUTPUT_DIRS": f"{WORK_DIR}:/tmp",
         }
         settings |= config
         CONFIG.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
@@ -109,13 +113,14 @@ def installed() -> Iterator[None]:
         "these tests start a system service, so they only run in the test bed: "
         "tests/bed/bed.py run -- .venv/bin/python -m pytest tests/e2e"
     )
+    accounts.ensure()
     UNITS.mkdir(exist_ok=True)
     for unit in (ROOT / "units").glob("*.slice"):
         (UNITS / unit.name).write_text(unit.read_text())
     text = (ROOT / "units" / SERVICE).read_text()
     text = text.replace("/usr/local/bin/ffmpeg-worker", str(PROGRAM))
     text = text.replace("/etc/ffmpeg-worker/config.env", str(CONFIG))
-    text = text.replace("RestartSec=10s", "RestartSec=100ms")
+    text = text.replace("RestartSec=10s", "RestartSec=100ms\nReadWritePaths=/tmp")
     (UNITS / SERVICE).write_text(text)
     sh("systemctl", "daemon-reload")
     yield

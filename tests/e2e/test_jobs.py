@@ -164,10 +164,11 @@ BAD_INPUT: list[tuple[dict[str, Any], str, str]] = [
     ({"parameters": {"resource_limits": {"max_memory_mb": 0}}}, "user_error", "max_memory_mb"),
     ({"parameters": {"resource_limits": 7}}, "user_error", "resource_limits"),
     ({"parameters": {"resource_limits": {"max_disk_mb": 10**9}}}, "resource_error", "disk"),
-    ({"parameters": {"input": "/no/such/file.mp4"}}, "input_error", "/no/such/file.mp4"),
-    ({"parameters": {"input": "/etc"}}, "input_error", "/etc"),
-    ({"parameters": {"input": "/etc/passwd"}}, "input_error", "Invalid data"),
-    ({"parameters": {"output": "/no/such/folder/out.mp4"}}, "user_error", "/no/such/folder"),
+    ({"parameters": {"input": "/tmp/no/file.mp4"}}, "input_error", "/tmp/no/file.mp4"),
+    ({"parameters": {"input": "/tmp/folder"}}, "input_error", "/tmp/folder"),
+    ({"parameters": {"input": "/tmp/text"}}, "input_error", "Invalid data"),
+    ({"parameters": {"input": "/etc/passwd"}}, "user_error", "INPUT_DIRS"),
+    ({"parameters": {"output": "/tmp/no/out.mp4"}}, "user_error", "/tmp/no"),
     ({"parameters": {"output": "/tmp/out.exe"}}, "user_error", ".exe"),
     ({"parameters": []}, "user_error", "parameters"),
     ({"scenario": 7}, "user_error", "scenario"),
@@ -178,6 +179,8 @@ BAD_INPUT: list[tuple[dict[str, Any], str, str]] = [
 def test_bad_input_fails_that_job_alone(worker: Worker, master: FakeMaster) -> None:
     worker.start(master)
     pid = worker.show("MainPID")
+    Path("/tmp/folder").mkdir(exist_ok=True)
+    Path("/tmp/text").write_text("no video")
 
     for changes, reason, words in BAD_INPUT:
         result = run(master, {"scenario": "160x120p10-h264"}, extra=changes)

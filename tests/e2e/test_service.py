@@ -212,6 +212,9 @@ def test_one_live_job_at_a_time_and_taken_last(
     assert master.job(live["id"])["error"].startswith("platform_error: ")
 
 
+PATHS = {"INPUT_DIRS": "/tmp", "OUTPUT_DIRS": "/tmp"}
+
+
 class TestRun:
     """``ffmpeg-worker run JOB.json``"""
 
@@ -222,7 +225,7 @@ class TestRun:
             input=text,
             capture_output=True,
             text=True,
-            env=os.environ | environment,
+            env=os.environ | PATHS | environment,
             timeout=120 * SLOWNESS,
         )
 
@@ -255,8 +258,9 @@ class TestRun:
         path = tmp_path / "job.json"
         path.write_text(json.dumps(long_job | {"id": "by-hand"}))
         process = subprocess.Popen(
-            [PROGRAM, "run", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [PROGRAM, "run", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | PATHS,
+        )  # fmt: skip
         until(
             lambda: (
                 "active" in sh("systemctl", "is-active", "ffmpeg-job-by-hand", check=False).split()

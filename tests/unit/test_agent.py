@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import grp
 import logging
+import pwd
 import signal
 import time
 from collections.abc import Callable
@@ -76,6 +78,8 @@ def make(tmp_path: Path, launcher: FakeLauncher) -> Make:
             "WORK_DIR": str(tmp_path),
             "POLL_INTERVAL": "100ms",
             "PATH": str(tmp_path),  # no ffmpeg, so nothing is probed
+            "JOB_GROUP": grp.getgrgid(pwd.getpwnam("nobody").pw_gid).gr_name,
+            "OUTPUT_OWNER": "nobody",
             **keys,
         }
         settings = resolve({}, environment).settings

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import grp
 import logging
 import os
+import pwd
 import subprocess
 import sys
 import types
@@ -289,6 +291,8 @@ def test_run_does_not_wait_for_a_systemd_that_is_not_there(
         raise SystemdError("cannot connect to D-Bus at unix:path=/nowhere")
 
     monkeypatch.setattr(Launcher, "connect", connect)
+    monkeypatch.setenv("JOB_GROUP", grp.getgrgid(pwd.getpwnam("nobody").pw_gid).gr_name)
+    monkeypatch.setenv("OUTPUT_OWNER", "nobody")
     job = tmp_path / "job.json"
     job.write_text('{"scenario": "720p30-h264"}')
     assert cli.main(["run", "--work-dir", str(tmp_path / "work"), str(job)]) == 1

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.cli import check
 from worker.config import KEYS, Resolved, Settings, resolve
-from worker.config import keys as keys_module
+from worker.config import parsers as parsers_module
 from worker.config.envfile import EnvFileError, parse_env
 from worker.errors import ConfigError
+from worker.jobs.policy import Policy
 
 MASTER = {"MASTER_URL": "https://master.example:8080"}
 SECRET = "sesame-open-0123456789"
@@ -129,6 +131,24 @@ def test_all_wrong_values_are_reported_at_once_each_as_written(tmp_path: Path) -
         ("--work-dir", "var/lib", "absolute path"),
         ("--work-dir", "/var/../etc", "without '..'"),
         ("--work-dir", "/", "a directory of its own"),
+        ("--input-dirs", "media", "absolute path"),
+        ("--input-dirs", "/a:b", "absolute path"),
+        ("--input-dirs", "/a:/b/../c", "without '..'"),
+        ("--input-dirs", "/a,/", "a directory of its own"),
+        ("--output-dirs", "//", "a directory of its own"),
+        ("--output-dirs", ":, ", "one directory at least"),
+        ("--output-dirs", "/a\x1b", "absolute path"),
+        ("--input-protocols", "http,gopher", "names out of file, http, https"),
+        ("--input-protocols", ",", "names out of"),
+        ("--output-protocols", "http", "names out of file, rtmp, rtmps"),
+        ("--output-owner", "root:", "USER or USER:GROUP"),
+        ("--output-owner", ":media", "USER or USER:GROUP"),
+        ("--output-owner", "Media", "USER or USER:GROUP"),
+        ("--output-owner", "a:b:c", "USER or USER:GROUP"),
+        ("--output-owner", "-1", "USER or USER:GROUP"),
+        ("--job-group", "two words", "name or number of a group"),
+        ("--job-group", "٣", "name or number of a group"),
+        ("--api-key-file", "key", "absolute path"),
         ("--node-name", "two words", "letters, digits"),
         ("--ca", "/nowhere/ca.pem", "No such file"),
     ],
@@ -206,7 +226,7 @@ def test_how_jobs_are_watched_stopped_and_remembered() -> None:
 def test_auto_is_three_quarters_of_the_cpus(
     monkeypatch: pytest.MonkeyPatch, cpus: int, jobs: int
 ) -> None:
-    monkeypatch.setattr(keys_module, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(parsers_module, "usable_cpus", lambda: cpus)
     assert one_flag("--max-concurrent-jobs", "auto").settings.max_concurrent_jobs == jobs
 
 
@@ -415,3 +435,38 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(EnvFileError):
         env_file = parse_env(text)
         assert all(1 <= a.line <= text.count("\n") + 1 for a in env_file.assignments.values())
+
+
+def test_what_jobs_may_read_and_write() -> None:
+    settings = resolve({}, MASTER).settings
+    assert settings.policy == Policy()
+    assert settings.input_dirs == (Path("/var/lib/ffmpeg-worker/media"),)
+    assert settings.output_dirs == (Path("/var/lib/ffmpeg-worker"),)
+    assert (settings.output_owner, settings.job_group) == ("ffmpeg-worker", "ffmpeg-worker")
+    environ = MASTER | {
+        "INPUT_DIRS": "/data//in/:/mnt/a b , //data/in",
+        "INPUT_PROTOCOLS": "File, https",
+        "OUTPUT_PROTOCOLS": "file",
+        "OUTPUT_OWNER": "media:1000",
+        "JOB_GROUP": "video",
+        "WORK_DIR": "/srv/work",
+    }
+    settings = resolve({}, environ).settings
+    assert settings.input_dirs == (Path("/data/in"), Path("/mnt/a b"))
+    assert settings.output_dirs == (Path("/srv/work"),)
+    assert {Path("/srv/work/jobs"), Path("/srv/work/ledger.db")} < set(settings.policy.closed)
+    assert settings.policy.input_protocols == {"file", "https"}
+    assert settings.policy.output_protocols == {"file"}
+    assert (settings.output_owner, settings.job_group) == ("media:1000", "video")
+    settings = resolve({"--output-dirs": "/x,/y"}, environ).settings
+    assert settings.output_dirs == (Path("/x"), Path("/y"))
+
+
+def test_check_shows_what_is_allowed() -> None:
+    environ = MASTER | {"INPUT_DIRS": "/a:/b", "INPUT_PROTOCOLS": "https,file"}
+    rows = {name: value for name, value, _ in check.rows(resolve({}, environ))}
+    assert rows["INPUT_DIRS"] == "/a:/b"
+    assert rows["OUTPUT_DIRS"] == "/var/lib/ffmpeg-worker"
+    assert rows["INPUT_PROTOCOLS"] == "file,https"
+    assert rows["OUTPUT_OWNER"] == "ffmpeg-worker"
+    assert rows["MASTER_API_KEY_FILE"] == "-"

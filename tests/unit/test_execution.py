@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +13,11 @@ from typing import Any, cast
 
 import pytest
 
+from worker import execution as execution_module
 from worker import workspace
 from worker.acceptance import StepRecords, boot_id
 from worker.config import Settings
+from worker.diskwatch import DiskWatch
 from worker.errors import JobError, LedgerError, Reason, SystemdError
 from worker.execution import Execution
 from worker.jobs.capabilities import TYPICAL
@@ -23,10 +25,12 @@ from worker.jobs.outcome import Intent
 from worker.master.wire import Job, JobResult
 from worker.node import disk
 from worker.node.disk import DiskUsage
-from worker.steps import Programs
+from worker.programs import Programs
+from worker.site import Site
 from worker.systemd.launch import Launch
 from worker.systemd.launcher import Launcher
 from worker.systemd.names import Step
+from worker.systemd.sandbox import JobRoot
 from worker.systemd.state import UnitState
 from worker.systemd.usage import Usage
 
@@ -139,6 +143,7 @@ class Theatre:
             "probe": Scene(stdout=json.dumps(ANSWER), log="", output=None),
         }
         self.launches: list[Launch] = []
+        self.secrets: list[str] = []
         self.units: dict[str, FakeUnit] = {}
         self.adopted: list[str] = []
         self.loaded: set[str] = set()
@@ -149,6 +154,7 @@ class Theatre:
         self.reap_error: Exception | None = None
         self.tracker = SimpleNamespace(unfinished=1)
         self.bus = self
+        self.user = False
         self.state = "running"
 
     async def get(self, *_property: str) -> str:
@@ -160,6 +166,8 @@ class Theatre:
         if self.refusal:
             raise self.refusal
         scene = self.scenes[step_of(launch)]
+        if "-fpre" in launch.argv:
+            self.secrets.append(Path(launch.argv[launch.argv.index("-fpre") + 1]).read_text())
         self.launches.append(launch)
         self.loaded.add(launch.unit)
         scene.play(launch)
@@ -191,7 +199,14 @@ def theatre(monkeypatch: pytest.MonkeyPatch) -> Theatre:
 
 
 @pytest.fixture
-def make(theatre: Theatre, tmp_path: Path) -> Callable[..., Execution]:
+def disk_watch() -> Iterator[DiskWatch]:
+    watch = DiskWatch()
+    yield watch
+    watch.close()
+
+
+@pytest.fixture
+def make(theatre: Theatre, tmp_path: Path, disk_watch: DiskWatch) -> Callable[..., Execution]:
     def make(
         parameters: Any = None,
         programs: Programs | None = None,
@@ -199,6 +214,9 @@ def make(theatre: Theatre, tmp_path: Path) -> Callable[..., Execution]:
         **more: Any,
     ) -> Execution:
         (tmp_path / "work").mkdir(exist_ok=True)
+        more = {"input_dirs": (tmp_path,), "output_dirs": (tmp_path,), **more}
+        settings = Settings(work_dir=tmp_path / "work", node_name="node", **more)
+        root = JobRoot(tmp_path / "work/root", ("/usr",))
         job = Job(id="j", scenario="640x360p30-h264", parameters=parameters or {})
         return Execution(
             job,
@@ -206,7 +224,9 @@ def make(theatre: Theatre, tmp_path: Path) -> Callable[..., Execution]:
             launcher=cast("Launcher", theatre),
             capabilities=TYPICAL,
             programs=programs or Programs("/usr/bin/ffmpeg", "/usr/bin/ffprobe"),
-            settings=Settings(work_dir=tmp_path / "work", node_name="node", **more),
+            settings=settings,
+            site=Site(root, settings.policy),
+            disk=disk_watch,
             records=records,
         )
 
@@ -421,13 +441,13 @@ async def test_a_stop_that_comes_too_late_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     execution = make({"output": str(tmp_path / "out.mp4")})
-    publish = workspace.publish
+    publish = execution_module.publish
 
     def stop_and_publish(*args: Any, **more: Any) -> int:
         execution.stop(Intent.CANCELLED)
         return publish(*args, **more)
 
-    monkeypatch.setattr(workspace, "publish", stop_and_publish)
+    monkeypatch.setattr("worker.execution.publish", stop_and_publish)
     assert (await finish(execution, theatre)).status == "completed"
     assert (tmp_path / "out.mp4").exists()
 
@@ -482,7 +502,7 @@ async def test_a_disk_that_fails_while_publishing(
     def fail(*args: Any, **more: Any) -> int:
         raise error
 
-    monkeypatch.setattr(workspace, "publish", fail)
+    monkeypatch.setattr("worker.execution.publish", fail)
     result = await finish(make({"output": str(tmp_path / "out.mp4")}), theatre)
     assert result.error is not None
     assert result.error.startswith(f"{reason}: ")
@@ -532,7 +552,10 @@ async def test_the_way_of_a_stream(
     assert (result.status, result.error) == ("completed", None)
     assert theatre.steps == ["main"], "nothing is generated, nothing is probed"
     [launch] = theatre.launches
-    assert launch.argv[-1] == "rtmp://[fd00::1]:1935/live/hunter2"
+    assert launch.argv[-1] == "rtmp://[fd00::1]:1935/live"
+    assert theatre.secrets == ["rtmp_app=live\nrtmp_playpath=hunter2\n"]
+    assert launch.sandbox is not None
+    assert launch.sandbox.network
     assert launch.limits.file_bytes == 2048 * 2**20, "its log is none of the job's disk limit"
     assert result.metrics is not None
     assert result.metrics["output_size_bytes"] == 5000
@@ -554,7 +577,8 @@ async def test_a_given_file_is_streamed(
     theatre.scenes["main"] = Scene(FAILED, log=f"[error] file:{source}: Input/output error\n")
     parameters = STREAM | {"input": str(source), "rtmp_url": "rtmp://h/app"}
     result = await finish(make(parameters), theatre)
-    assert theatre.launches[0].argv[-1] == "rtmp://h/app/hunter2"
+    assert theatre.launches[0].argv[-1] == "rtmp://h/app"
+    assert theatre.secrets == ["rtmp_app=app\nrtmp_playpath=hunter2\n"]
     assert result.error is not None
     assert result.error.startswith("runtime_error: "), "it is not the network's fault"
     assert result.metrics is not None
@@ -601,7 +625,7 @@ async def test_a_stream_without_a_master_needs_a_url(
 async def test_progress_is_told_and_logged(
     make: Callable[..., Execution], theatre: Theatre, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.steps.SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr("worker.following.SAMPLE_SECONDS", 0.01)
     told: list[str] = []
     execution = make()
     seen = asyncio.Event()
@@ -727,15 +751,15 @@ async def test_what_is_published_is_not_published_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     notes, target = Notes(), tmp_path / "out.mp4"
-    publish = workspace.publish
+    publish = execution_module.publish
 
-    def die_after(staged: Path, target: Path, *, copy: bool = False) -> int:
-        publish(staged, target, copy=copy)
+    def die_after(staged: Path, target: Path, **more: Any) -> int:
+        publish(staged, target, **more)
         raise Died
 
-    monkeypatch.setattr(workspace, "publish", die_after)
+    monkeypatch.setattr("worker.execution.publish", die_after)
     await die(make({"output": str(target)}, records=notes))
-    monkeypatch.setattr(workspace, "publish", publish)
+    monkeypatch.setattr("worker.execution.publish", publish)
     result = await finish(make({"output": str(target)}, records=notes), theatre)
     assert (result.status, result.error) == ("completed", None)
     assert target.read_text() == "7 bytes"

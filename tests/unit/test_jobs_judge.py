@@ -275,6 +275,14 @@ def test_the_end_of_a_stream_may_be_lost_in_a_clean_exit() -> None:
     assert reason(CLEAN, None, "concealing errors", output=URL, is_stream=True) is None
 
 
+def test_a_stream_is_known_by_what_the_command_line_has_of_its_url() -> None:
+    more: dict[str, Any] = {"output": "rtmp://h:1/live/key?t=x", "is_stream": True}
+    for line in ("rtmp://h:1/live: Unknown error occurred", "rtmp://h:1/live: End of file"):
+        assert reason(State(), None, line, **more) is Reason.NETWORK_ERROR
+    line = "rtmp://other/live: End of file"
+    assert reason(State(), None, line, **more) is Reason.INPUT_ERROR
+
+
 def test_a_file_name_cannot_choose_the_reason() -> None:
     name = "/in/No space left on device, Unknown encoder.mp4"
     line = f"file:{name}: No such file or directory"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from worker.errors import JobError, Reason
 from worker.jobs.capabilities import TYPICAL, Capabilities
 from worker.jobs.parse import parse_job
+from worker.jobs.policy import Policy
 from worker.jobs.spec import (
     FileInput,
     GeneratedInput,
@@ -23,6 +24,8 @@ from worker.jobs.spec import (
 )
 from worker.master.wire import Job
 
+IN, OUT = Path("/in"), Path("/o")
+POLICY = Policy(input_dirs=(IN, Path("/media")), output_dirs=(OUT, IN))
 DEFAULTS = Limits(cpu_percent=200, memory_mb=2048, disk_mb=5000, timeout_sec=3600)
 
 
@@ -35,7 +38,7 @@ def parse(
     **fields: Any,
 ) -> JobSpec:
     job = Job(id="j1", scenario=scenario, parameters=parameters, **fields)
-    return parse_job(job, capabilities, DEFAULTS, generate_input=generate_input)
+    return parse_job(job, capabilities, DEFAULTS, generate_input=generate_input, policy=POLICY)
 
 
 def refusal(parameters: object = None, **fields: Any) -> JobError:
@@ -87,19 +90,19 @@ def test_parameters_win_over_the_scenario() -> None:
 def test_a_scenario_out_of_bounds_matters_only_where_it_is_used() -> None:
     assert refusal(scenario="99999p30-h264").reason is Reason.USER_ERROR
     assert refusal(scenario="720p0-h264").reason is Reason.USER_ERROR
-    spec = parse({"input": "/a.mp4"}, scenario="99999p0-vp9", generate_input=False)
+    spec = parse({"input": "/in/a.mp4"}, scenario="99999p0-vp9", generate_input=False)
     assert spec.encoder == "libvpx-vp9"
 
 
 def test_a_given_input_is_scaled_only_if_asked() -> None:
-    assert parse({"input": "/a.mp4"}).scale is None
-    assert parse({"input": "/a.mp4", "resolution": "640x360"}).scale == (640, 360)
-    assert parse({"input": "/a.mp4", "resolution_width": 640}).scale == (640, 720)
-    assert parse({"input": "/a.mp4", "resolution_width": 640}, scenario="x").scale == (640, 720)
-    given = {"input": "/a.mp4", "resolution_height": 480.0, "resolution": "320x240"}
+    assert parse({"input": "/in/a.mp4"}).scale is None
+    assert parse({"input": "/in/a.mp4", "resolution": "640x360"}).scale == (640, 360)
+    assert parse({"input": "/in/a.mp4", "resolution_width": 640}).scale == (640, 720)
+    assert parse({"input": "/in/a.mp4", "resolution_width": 640}, scenario="x").scale == (640, 720)
+    given = {"input": "/in/a.mp4", "resolution_height": 480.0, "resolution": "320x240"}
     assert parse(given).scale == (320, 480)
-    assert parse({"input": "/a.mp4", "fps": 24}).frame_rate == 24
-    assert parse({"input": "/a.mp4"}).frame_rate is None
+    assert parse({"input": "/in/a.mp4", "fps": 24}).frame_rate == 24
+    assert parse({"input": "/in/a.mp4"}).frame_rate is None
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,11 @@ def test_a_stream_key_of_a_file_job_is_ignored() -> None:
         ("file:///media/a%20b.mp4", FileInput(Path("/media/a b.mp4"))),
         ("file://localhost/media/a.mp4", FileInput(Path("/media/a.mp4"))),
         ("//media/a.mp4", FileInput(Path("/media/a.mp4"))),
-        ("HTTP://h/a.m3u8", UrlInput("http://h/a.m3u8", "http")),
+        ("/media///a//b.mp4", FileInput(Path("/media/a/b.mp4"))),
+        ("FILE:///media/a.mp4", FileInput(Path("/media/a.mp4"))),
+        ("HTTP://h/a.m3u8", UrlInput("http://h/a.m3u8", "http", ("https",))),
+        ("https://u:p%40@h:1/a?b@c", UrlInput("https://u:p%40@h:1/a?b@c", "https", ("http",))),
+        ("rtsp://[::1]:554/x?tcp", UrlInput("rtsp://[::1]:554/x?tcp", "rtsp")),
         ("srt://h:9000?mode=caller", UrlInput("srt://h:9000?mode=caller", "srt")),
         ("udp://@:1234", UrlInput("udp://@:1234", "udp")),
     ],
@@ -264,6 +271,14 @@ def test_inputs(value: str, source: object) -> None:
         5,
         ["/a"],
         "file:///a%ff",
+        *("/media/../etc/passwd", "/media/./a.mp4", "/media/a/..", "file:///media/%2e%2e/a"),
+        *("/etc/passwd", "/media", "/mediax/a.mp4", "/o/a.mp4", "file:///media/a?x", "/"),
+        *("file:////etc/passwd", "file:///media/a.mp4#x", "http://h\\@i/", "http://a@b@h/"),
+        *("http://h#@i/x", "http://h%2fi/x", "http://-h/x", "http://[h]/x", "http://[::1%25l]/"),
+        *("http://h:٣/x", "http://h:+1/x", "http://[::1]x/", "http://h\xe9/x"),
+        *("udp://h:1?fec=x", "srt://h:1?x=/etc", "tcp://h:1?listen&y", "udp://h:1#?ttl=1"),
+        *("rtp://h:1?ttl=1?fec=prompeg", "unix:///run/x", "http+tcp://h/x", "file:http://h/x"),
+        *("cache:http://h/x", "async:http://h", "crypto+http://h/x", "httpproxy://h/x"),
     ],
 )
 def test_inputs_that_are_refused(value: object) -> None:
@@ -299,7 +314,9 @@ def test_outputs(value: str, muxer: str) -> None:
         "/o/a.webm",
         "/o/a.ivf",
         "/o/a.ogv",
-        "/in/./a.mp4",
+        "/in/a.mp4",
+        "/in//a.mp4",
+        *("/o/./b.mp4", "/media/b.mp4", "/b.mp4", "/ox/b.mp4", "tee:/o/b.mp4", "/o/b.m\u212av"),
         7,
         "/o/" + "x" * 300 + ".mp4",
     ],
@@ -370,8 +387,8 @@ plausible = st.sampled_from(
         "av1",
         "h264_qsv",
         "ultrafast",
-        "/in.mp4",
-        "/out.webm",
+        "/in/a.mp4",
+        "/o/a.webm",
         "http://h/x",
         "2000k",
         "1280x720",

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from worker.errors import JobError, Reason
 from worker.jobs.capabilities import TYPICAL, Capabilities
-from worker.jobs.parse import MAX_DURATION_SEC, parse_job
+from worker.jobs.labels import MAX_DURATION_SEC
+from worker.jobs.parse import parse_job
 from worker.jobs.progress import LogFacts, Progress
 from worker.jobs.spec import GeneratedInput, JobSpec, Limits, StreamOutput
 from worker.jobs.streams import check_sent, host_of, sent_media, without_key
 from worker.master.wire import Job
 
+MEDIA = "/var/lib/ffmpeg-worker/media/in.mp4"
 DEFAULTS = Limits(cpu_percent=200, memory_mb=2048, disk_mb=5000, timeout_sec=3600)
 
 
@@ -106,9 +108,13 @@ def test_a_url_is_taken_as_it_is() -> None:
         *("rtmp:///live/hunter2", "rtmp://:1935/live/hunter2", "rtmp://[h/live/hunter2"),
         *("rtmp://h:0/live/hunter2", "rtmp://h:x/live/hunter2", "rtmp://h:99999/live/hunter2"),
         *("rtmp://h", "rtmp://h/", "rtmp://h?hunter2", "rtmp://h/?hunter2", "rtmp://h?/live/x"),
-        *("rtmp://h/live/hunter2" + "x" * 500, f"rtmp://h/{'x/' * 600}hunter2"),
+        *("rtmp://h/live/hunter2" + "x" * 900, f"rtmp://h/{'x/' * 600}hunter2"),
         *("rtmp://h/live/hunter2?" + "x" * 1000, f"rtmp://{'h' * 256}/live/hunter2"),
         f"rtmp://hunter2:{'p' * 100}@h/live/x",
+        *("rtmp://h#/live/hunter2", "rtmp://h\\@x/live/hunter2", "rtmp://u:p@x@h/live/hunter2"),
+        *("rtmp://-h/live/hunter2", "rtmp://h%2f/live/hunter2", "rtmp://h:٣/live/hunter2"),
+        *("rtmp://[::g]/live/hunter2", "RTMPE://h/live/hunter2"),
+        *("rtmp://\xfc/live/hunter2", f"rtmp://h/{'a' * 128}/hunter2"),
     ],
 )
 def test_urls_that_are_refused(value: object) -> None:
@@ -132,9 +138,10 @@ def test_a_job_id_that_is_no_name_needs_a_key() -> None:
 
 
 def test_an_appended_key_may_be_too_much() -> None:
-    long = f"rtmp://h/{'x' * 490}/{'y' * 400}/"
+    long = f"rtmp://h/{'x' * 60}/{'y' * 66}/{'z' * 700}/"
     assert url(rtmp_url=long) == long
-    assert "the path must have at most" in refusal(rtmp_url=long, stream_key="k" * 200)
+    assert "name and query must have at most" in refusal(rtmp_url=long, stream_key="k" * 200)
+    assert "the application must have at most" in refusal(rtmp_url=f"rtmp://h/{'x' * 128}/k")
 
 
 def test_only_h264_is_streamed() -> None:
@@ -159,7 +166,7 @@ def test_a_node_without_h264_cannot_stream() -> None:
 def test_a_stream_is_as_long_as_it_is_asked_to_be() -> None:
     assert parse(duration=5000).source == GeneratedInput(640, 360, 25.0, 5000)
     assert parse(duration=MAX_DURATION_SEC).duration_sec == MAX_DURATION_SEC
-    assert parse(input="/in.mp4").duration_sec is None
+    assert parse(input=MEDIA).duration_sec is None
 
 
 def test_the_file_of_a_stream_is_ignored_and_said_so() -> None:
@@ -175,7 +182,7 @@ def test_what_was_sent_is_enough() -> None:
     log = LogFacts(input_has_video=True)
     for asked, seconds in ((100, 90), (100, 120), (10, 8), (10, 9), (1, 0)):
         check_sent(parse(duration=asked), sent(seconds), log)
-    file = parse(input="/in.mp4")
+    file = parse(input=MEDIA)
     check_sent(file, sent(None), log)
     check_sent(file, sent(18), replace(log, input_duration_sec=20.0))
 
@@ -193,7 +200,7 @@ def test_what_was_sent_is_too_little() -> None:
     assert "no frame was sent" in short(parse(), None, log).message
     assert "no frame was sent" in short(parse(), sent(10, 0), log).message
     assert short(parse(), sent(None), log).reason is Reason.RUNTIME_ERROR
-    file = parse(input="/in.mp4")
+    file = parse(input=MEDIA)
     damaged = replace(log, input_duration_sec=20.0, errors=("File ended prematurely",))
     assert short(file, sent(5), damaged).reason is Reason.INPUT_ERROR
     silent = replace(log, input_has_video=False)
@@ -204,9 +211,9 @@ def test_what_went_over_the_wire() -> None:
     progress = Progress(frame=250, out_time_sec=10.0)
     media = sent_media(parse(), progress)
     assert (media.codec, media.width, media.height, media.frame_rate) == ("h264", 640, 360, 25.0)
-    media = sent_media(parse(input="/in.mp4"), progress)
+    media = sent_media(parse(input=MEDIA), progress)
     assert (media.width, media.frame_rate, media.duration_sec) == (None, 25.0, 10.0)
-    media = sent_media(parse(input="/in.mp4", fps=12, resolution="320x240"), Progress())
+    media = sent_media(parse(input=MEDIA, fps=12, resolution="320x240"), Progress())
     assert (media.width, media.height, media.frame_rate) == (320, 240, 12.0)
     assert sent_media(parse(input="http://h/x"), Progress()).frame_rate is None
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ REQUEUE = (
     [
         ("rtmp://host/live/secret", "rtmp://host/live/***"),
         ("rtmp://host/live/secret: Connection refused", "rtmp://host/live/***: Connection refused"),
-        ("rtmps://host:1935/a/b/secret/", "rtmps://host:1935/a/b/***"),
+        ("rtmps://host:1935/a/b/secret/", "rtmps://host:1935/a/***"),
         ("rtmp://host/app", "rtmp://host/app"),
         ("http://user:pass@host/x.mp4", "http://***@host/x.mp4"),
         ("http://user:pa/ss@host/x.mp4", "http://***@host/"),
@@ -36,7 +38,19 @@ REQUEUE = (
         ("https://host/a?token=1#frag", "https://host/a?***#***"),
         ("'http://host/x?key=1', no", "'http://host/x?***', no"),
         ("file:/tmp/a.mp4: No such file", "file:/tmp/a.mp4: No such file"),
-        ("http://[bad", "http://[bad"),
+        ("http://[bad", "http://***"),
+        ("http://user:pa#ss@host/x", "http://***#***"),
+        (
+            "\u017fhttp://u:p@h/x 1http://u:p@h, _rtmp://h/a/k",
+            "\u017fhttp://***@h/x 1http://***@h, _rtmp://h/a/***",
+        ),
+        ("2rtmp://h/a/k", "2rtmp://h/a/***"),
+        ("rtmp://h/a/b/c://d/key", "rtmp://h/a/***"),
+        ("rtmp://h/a/mp4:b/key", "rtmp://h/a/***"),
+        ("'http://h:'", "'http://h:'"),
+        ("http://user:pa?ss@host/x", "http://***?***"),
+        ("http://user:passhost/x", "http://***/x"),
+        ("http://[::1]:80/x http://h:1", "http://[::1]:80/x http://h:1"),
     ],
 )
 def test_secrets_of_urls_are_cut_out(text: str, safe: str) -> None:
@@ -82,3 +96,29 @@ def test_error_text_opens_with_the_reason(reason: Reason) -> None:
 
 def test_error_text_of_a_completed_job_is_none() -> None:
     assert error_text(COMPLETED) is None
+
+
+LONG = ("a." * 500_000, "x" * 10**6, "http://" + ":" * 10**6 + "x", "http://@" * 10**5)
+
+
+@pytest.mark.parametrize(
+    "text", [*LONG, "\x1b]" * 10**5, " " * 10**6 + "x", "rtmp://" + "a/" * 10**6]
+)
+def test_no_text_takes_long(text: str) -> None:
+    begun = time.process_time()
+    for treat in (redact, plain, shown, without_requeue_words):
+        treat(text)
+    assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("http://me:hunter2 x@h/", "http:/me:hunter2@h/", "http:me:hunter2@h", "x:?a=hunter2"),
+        *("rtmp://h/live/hunter2 x", "srt://h:1 ?passphrase=hunter2", "http://me:\x00hunter2@h/"),
+        *("/://h/x?passphrase=hunter2", "/../rtmp://h/a b?passphrase=hunter2"),
+        *("/x http://h/ http://me:hunter2@h"),
+    ],
+)
+def test_a_url_in_an_error_keeps_its_secret_even_if_it_is_none(value: str) -> None:
+    assert "hunter2" not in shown(value)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from worker.errors import ConfigError
+from tests.fakes.master import FakeMaster
+from worker.errors import ConfigError, NodeUnknown
+from worker.master.client import MasterClient
 from worker.printable import escape
 from worker.telemetry import logs
 
@@ -88,8 +90,57 @@ def test_a_traceback_keeps_its_lines_each_with_a_head() -> None:
     lines = text.split("\n")
     assert lines[0] == "<3>worker.agent: failed"
     assert "Traceback" in lines[1]
-    assert all(one.startswith("<3>worker.agent: ") for one in lines)
-    assert lines[-1] == r"<3>worker.agent: lines\x1b"
+    assert all(one.startswith("<3>worker.agent: | ") for one in lines[1:])
+    assert lines[-1] == r"<3>worker.agent: | lines\x1b"
+
+
+HOSTILE = (
+    "x\n<0>worker.agent: job 1: completed\r\nMESSAGE=forged\x85a\u2028b\x1b]0;t\x07"
+    "\u202e\u2066\u200b\ufeff\x9b1m"
+)
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_no_line_of_a_traceback_passes_for_a_record(journal: bool) -> None:
+    try:
+        try:
+            raise OSError(2, HOSTILE, HOSTILE)
+        except OSError as error:
+            error.add_note(HOSTILE)
+            raise ExceptionGroup(HOSTILE, [ValueError(HOSTILE)]) from error
+    except ExceptionGroup:
+        text = line("job %s", HOSTILE, journal=journal, exc_info=sys.exc_info(), stack_info=HOSTILE)
+    first, *more = text.splitlines()  # which knows all line ends that Unicode has
+    assert len(more) > 10
+    head = first.partition("worker.agent: ")[0] + "worker.agent: "
+    assert first.startswith(f"{head}job x\\n<0>worker.agent: job 1")
+    assert all(one.startswith(f"{head}| ") for one in more)
+    assert all(one.isprintable() for one in (first, *more))
+
+
+def test_a_message_does_not_pass_for_a_line_of_a_traceback() -> None:
+    assert line("%s", "| Traceback") == r"<6>worker.agent: \| Traceback"
+
+
+def test_a_record_has_an_end() -> None:
+    try:
+        raise ValueError("\n".join(["y" * 100_000] * 5000))
+    except ValueError:
+        text = line("%s", "x" * 10_000_000, exc_info=sys.exc_info())
+    lines = text.split("\n")
+    assert len(lines) == 202
+    assert max(map(len, lines)) < 8300
+    assert any("lines left out" in one for one in lines)
+    assert len(line("%s", "\U000e0041" * 100_000)) < 10 * 8300  # escapes are longer
+
+
+def test_arguments_that_do_not_fit_are_one_line_too() -> None:
+    text = line("%d of %s", HOSTILE, SECRET)
+    assert len(text.splitlines()) == 1
+    assert text.isprintable()
+    assert text.endswith(": TypeError")
+    assert "forged" in text
+    assert SECRET not in text
 
 
 def test_the_key_never_shows() -> None:
@@ -145,6 +196,23 @@ def test_the_http_library_is_quiet_even_at_debug() -> None:
     logs.setup("debug")
     assert not logging.getLogger("httpx").isEnabledFor(logging.INFO)
     assert logging.getLogger("httpx").isEnabledFor(logging.WARNING)
+
+
+async def test_the_key_is_in_no_log_of_the_http_library(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "worker.log"
+    logs.setup("debug", path, secrets=[SECRET])
+    for name in ("httpx", "httpcore"):  # even if somebody made them talk
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.DEBUG)
+        logging.getLogger(name).manager._clear_cache()  # type: ignore[attr-defined]
+    with FakeMaster() as master:
+        async with MasterClient(base_url=master.url, api_key=SECRET) as client:
+            with pytest.raises(NodeUnknown):
+                await client.heartbeat("n")
+    for text in (path.read_text(encoding="utf-8"), capsys.readouterr().err):
+        assert "send_request_headers" in text
+        assert SECRET not in text
 
 
 def test_a_log_file_that_cannot_be_opened_names_the_key(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ async def test_a_job_in_a_wrapper_or_bare(body: str) -> None:
     "job",
     [
         '{"scenario": "x"}', '{"id": 7}', '{"id": ""}', '{"id": null}', '["id"]', '"id"', "7",
-        '{"id": "\\ud800"}', '{"id": "a", "parameters": ' + "[" * 100 + "]" * 100 + "}",
+        '{"id": "\\ud800"}',
     ],
 )  # fmt: skip
 async def test_a_job_that_could_not_be_reported(job: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -74,7 +74,7 @@ async def test_lists(body: str, ids: list[str]) -> None:
 @pytest.mark.parametrize("body", ['{"jobs": {}}', '{"count": 0}', "7"])
 async def test_no_list(body: str) -> None:
     client, _ = answering(httpx.Response(200, text=body))
-    with pytest.raises(MasterRefused, match="no list of jobs"):
+    with pytest.raises(MasterRefused, match="no JSON list of jobs"):
         await client.jobs()
 
 

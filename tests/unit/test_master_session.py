@@ -217,7 +217,8 @@ async def test_trouble_shows_while_it_lasts(
 ) -> None:
     master.fault("POST /nodes/*/heartbeat", "status", status=500, body="database is locked")
     await run(session)
-    assert "database is locked" in session.last_error
+    assert "status 500" in session.last_error
+    assert "locked" not in session.last_error  # /ready shows it, and a master may say anything
     assert session.registered
 
 

@@ -134,6 +134,56 @@ async def test_an_expired_certificate(tmp_path: Path) -> None:
     assert "out of date" in str(error)
 
 
+async def test_a_certificate_of_the_future(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    leaf = ca.issue_cert("127.0.0.1", not_before=tomorrow, not_after=tomorrow + timedelta(days=1))
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    leaf.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    with FakeMaster(tls=server_context(tmp_path / "both.pem")) as master:
+        error = await fail(MasterClient(base_url=master.url, ca=tmp_path / "ca.pem"))
+        assert not master.requests
+    assert "out of date" in str(error)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
+async def test_loopback_is_no_exception(host: str, tmp_path: Path) -> None:
+    files = write_leaf(trustme.CA(), tmp_path, "other", "other.example")
+    with FakeMaster(tls=server_context(files.cert, files.key)) as master:
+        url = f"https://{host}:{master.port}"
+        for ca in (None, files.ca):
+            error = await fail(MasterClient(base_url=url, api_key="s3cret-key", ca=ca))
+            assert not error.sent
+            assert "certificate is" in str(error)
+        assert not master.requests
+
+
+async def test_a_name_counts_only_where_certificates_have_names(tmp_path: Path) -> None:
+    """One without them, but with the host as its common name, is for nobody."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    pem = tmp_path / "both.pem"
+    pem.write_bytes(
+        certificate.public_bytes(Encoding.PEM)
+        + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    with FakeMaster(tls=server_context(pem)) as master:
+        url = f"https://localhost:{master.port}"
+        assert "for another name" in str(await fail(MasterClient(base_url=url, ca=pem)))
+        assert not master.requests
+
+
 async def test_a_self_signed_certificate_is_pinned(tmp_path: Path) -> None:
     files = write_self_signed(tmp_path)
     with FakeMaster(tls=server_context(files.cert, files.key)) as master:

@@ -54,6 +54,7 @@ def test_the_fixed_part() -> None:
         "StandardInput": "null",
         "StandardOutputFileToAppend": "/var/lib/x/main.out",
         "StandardError": "journal",
+        "SyslogLevelPrefix": False,
         "SyslogIdentifier": "ffmpeg-job",
     }
 

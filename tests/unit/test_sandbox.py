@@ -97,6 +97,7 @@ def test_system_calls_are_first_allowed_and_then_denied() -> None:
     rows = [
         item.value for item in sandbox_properties(JOB) if item.name == "SystemCallFilter"
     ]  # systemd adds up the rows in their order
+    assert len(rows) == 2
     assert rows[0] == [True, ["@system-service"]]
     assert isinstance(rows[1], list)
     assert rows[1][0] is False
@@ -105,7 +106,7 @@ def test_system_calls_are_first_allowed_and_then_denied() -> None:
 
 def test_only_what_later_versions_brought_is_optional() -> None:
     assert {item.name for item in sandbox_properties(JOB) if item.optional} == {
-        "ProtectHostname", "ProtectClock", "ProtectProc", "ProcSubset", "PrivateIPC",
+        "ProtectHostname", "ProtectClock", "ProtectProc", "ProcSubset", "PrivateIPC", "NoExecPaths",
     }  # fmt: skip
 
 
@@ -128,6 +129,32 @@ def test_what_lies_below_tmp_is_seen_in_an_empty_tmp() -> None:
     assert isinstance(hidden, list)
     assert "/tmp" in [path for path, _ in hidden]
     assert found["PrivateTmp"] is False  # it would be put over what is mounted there
+
+
+def test_nothing_that_a_job_writes_can_be_run() -> None:
+    # with "+", or it would be about the host's root: systemd.exec(5)
+    assert values(JOB)["NoExecPaths"] == [f"+{FOLDER}", "+/tmp", "+/var/tmp"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "value"),
+    [("/var/lib/w/f", "yes"), ("/home/u/w/f", "tmpfs"), ("/root/f", "tmpfs"), ("/homes/f", "yes")],
+)
+def test_homes_are_hidden_but_for_what_the_job_has_there(folder: str, value: str) -> None:
+    assert values(Sandbox(ROOT, Path(folder)))["ProtectHome"] == value
+
+
+def test_a_job_without_a_uid_of_its_own_cannot_signal_those_that_share_it() -> None:
+    found = values(JOB, user=True)
+    assert not {"DynamicUser", "Group", "SupplementaryGroups", "PrivateIPC"} & found.keys()
+    rows = [
+        item.value
+        for item in sandbox_properties(JOB, user=True)
+        if item.name == "SystemCallFilter"
+    ]
+    assert isinstance(rows[2], list)
+    assert {"kill", "tgkill", "pidfd_send_signal", "prlimit64", "shmget"} <= set(rows[2][1])
+    assert found["PrivateUsers"] is True
 
 
 def test_nothing_is_hidden_that_programs_need() -> None:

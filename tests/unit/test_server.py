@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import logging
+import re
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from worker.errors import WorkerError
+from worker.errors import Reason, WorkerError
 from worker.telemetry import server as server_module
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.server import Server
@@ -103,7 +109,14 @@ def test_head_has_the_headers_alone(server: Server) -> None:
     assert int(answer.headers["Content-Length"]) == len(Answer(server, "GET", "/health").body)
 
 
-@pytest.mark.parametrize("path", ["/", "/metricsx", "/metrics/", "/%6detrics"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/", "/metricsx", "/metrics/", "/%6detrics", "/../metrics", "/x/../metrics",
+        "/metrics/../../etc/passwd", "/%2e%2e/metrics", "http://elsewhere/metrics", "/metrics;x",
+        "/metrics%00", "*",
+    ],
+)  # fmt: skip
 def test_anything_else_is_not_found(server: Server, path: str) -> None:
     assert Answer(server, "GET", path).status == 404
 
@@ -113,6 +126,77 @@ def test_other_methods(server: Server, method: str) -> None:
     answer = Answer(server, method, "/metrics")
     assert answer.status == 405
     assert answer.headers["Allow"] == "GET, HEAD"
+
+
+def test_one_request_a_connection(server: Server) -> None:
+    answer = raw(server, b"GET /health HTTP/1.1\r\nConnection: keep-alive\r\n\r\n" * 50)
+    assert answer.count(b"HTTP/1.0 200") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GET /metrics HTTP/1.1\r\n" + b"A: b\r\n" * 1000 + b"\r\n", b"431"),
+        (b"GET /metrics HTTP/1.1\r\nA: " + b"b" * 17_000, b"431"),
+        (b"GET /metrics HTTP/9.9\r\n\r\n", b"505"),
+        (b"GET /metrics x\r\n\r\n", b"400"),
+        (b"GET\r\n\r\n", b"400"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
+        (b"GET /metrics HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"200"),
+        (b"GET /metrics HTTP/1.1\r\nAccept: " + b"text/plain;q=0.1," * 900 + b"\r\n\r\n", b"200"),
+        (b"GET /metrics HTTP/1.1\r\nAccept: \xff;version=\xff;escaping=\xff\r\n\r\n", b"200"),
+    ],
+)
+def test_odd_requests(
+    server: Server, data: bytes, status: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = raw(server, data)
+    assert status in answer.partition(b"\r\n")[0]
+    assert len(answer) < 64 * 1024
+    assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
+    assert Answer(server, "GET", "/health").status == 200
+
+
+def sockets() -> set[str]:
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(str(link.readlink()))
+    return {name for name in found if name.startswith("socket:")}
+
+
+def test_a_flood_costs_few_threads_and_no_sockets(server: Server) -> None:
+    before = sockets()
+    threads = threading.active_count()
+    clients = [socket.socket() for _ in range(300)]
+    for client in clients:
+        client.setblocking(False)
+        client.connect_ex(("127.0.0.1", server.port))
+        assert threading.active_count() <= threads + server_module._MAX_CONNECTIONS
+    for client in clients:
+        client.close()
+    deadline = time.monotonic() + 10
+    while sockets() - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not sockets() - before
+    assert Answer(server, "GET", "/health").status == 200
+
+
+def test_labels_come_from_closed_sets(server: Server) -> None:
+    text = Answer(server, "GET", "/metrics").body.decode()
+    labels = set(re.findall(r'(\w+)="([^"]*)"', text))
+    values = {name: {value for other, value in labels if other == name} for name, _ in labels}
+    assert values.keys() == {"node_id", "reason", "le", "version"}
+    assert values["node_id"] == {"n:1"}
+    assert values["reason"] == {reason.value for reason in Reason}
+
+
+def test_what_is_shown_is_ascii_on_one_line(server: Server, readiness: Readiness) -> None:
+    readiness.reasons = ["a\nb\x1b[2J\u202e\ud800"]
+    body = Answer(server, "GET", "/ready").body
+    assert body.isascii()
+    assert body.count(b"\n") == 1
+    assert b"\x1b" not in body
 
 
 def test_the_server_does_not_tell_its_python(server: Server) -> None:

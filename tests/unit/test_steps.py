@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.steps import look_pause
+from worker.following import look_pause
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,16 @@ import pytest
 
 from worker.config import KEYS, resolve
 from worker.config.envfile import parse_env
+from worker.config.resolve import CREDENTIAL
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "units"
 CONFIG = ROOT / "etc/ffmpeg-worker/config.env"
+CONFIG_DIR = Path("/etc/ffmpeg-worker")
 LOGROTATE = ROOT / "etc/ffmpeg-worker/logrotate"
 SERVICE = UNITS / "ffmpeg-worker.service"
+SYSUSERS = ROOT / "units/sysusers.d/ffmpeg-worker.conf"
+TMPFILES = ROOT / "units/tmpfiles.d/ffmpeg-worker.conf"
 QUEUES = ("live", "default", "batch")
 
 # What an operator who followed the deployment guide has in place.
@@ -103,7 +107,7 @@ def test_optional_values_shown_are_the_defaults() -> None:
     assert resolve({}, base | shown).settings == resolve({}, base).settings
 
 
-@pytest.mark.parametrize("path", sorted(UNITS.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(UNITS.glob("*.s*ice")), ids=lambda path: path.name)
 def test_unit_parses_and_is_described(path: Path) -> None:
     unit = parse_unit(path)
     assert only(unit, "Unit.Description")
@@ -143,14 +147,51 @@ def test_service_sees_the_files_of_its_jobs() -> None:
     unit = parse_unit(SERVICE)
     assert "Service.PrivateTmp" not in unit
     assert "Service.PrivateDevices" not in unit
-    assert only(unit, "Service.ProtectHome") == "read-only"
     writable = " ".join(unit["Service.ReadWritePaths"]).split()
     assert writable == [
-        *("/var/lib/ffmpeg-worker", "/var/log/ffmpeg-worker", "/tmp"),
+        *("/var/lib/ffmpeg-worker", "/var/log/ffmpeg-worker"),
         *("-/run/systemd/units", "-/run/systemd/transient"),
     ]
     log_file = only(unit, "Service.Environment").removeprefix("LOG_FILE=")
     assert Path(log_file).parent == Path("/var/log/ffmpeg-worker")
+
+
+def test_service_takes_the_api_key_from_a_credential_that_may_be_missing() -> None:
+    unit = parse_unit(SERVICE)
+    name, _, path = only(unit, "Service.LoadCredential").partition(":")
+    assert (name, Path(path).parent) == (CREDENTIAL, CONFIG_DIR)
+    # Without a default the service would not start where there is no such file; an empty one is
+    # a syntax error to systemd.
+    assert only(unit, "Service.SetCredential") == rf"{CREDENTIAL}:\n"
+
+
+def test_a_credential_that_is_a_line_break_is_no_key(tmp_path: Path) -> None:
+    (tmp_path / CREDENTIAL).write_text("\n")
+    found = {"MASTER_URL": "https://master:8080", "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert resolve({}, found).settings.master_api_key is None
+    found["MASTER_API_KEY"] = "from-config.env"
+    key = resolve({}, found).settings.master_api_key
+    assert key is not None
+    assert key.get_secret_value() == "from-config.env"
+
+
+def test_work_directory_has_the_same_mode_from_whoever_makes_it() -> None:
+    mode = only(parse_unit(SERVICE), "Service.StateDirectoryMode")
+    lines = [line.split() for line in TMPFILES.read_text().splitlines() if line[:1] == "d"]
+    assert ["d", "/var/lib/ffmpeg-worker", mode, "root", "root", "-"] in lines
+
+
+def test_what_is_made_at_boot_are_the_defaults() -> None:
+    settings = resolve({}, {"MASTER_URL": "https://master:8080"}).settings
+    (user,) = re.findall(r"^u (\S+) ", SYSUSERS.read_text(), re.MULTILINE)
+    assert settings.output_owner == settings.job_group == user
+    made = {line.split()[1] for line in TMPFILES.read_text().splitlines() if line[:1] == "d"}
+    assert {str(path) for path in settings.input_dirs} <= made
+
+
+@pytest.mark.parametrize("key", ["Slice.MemoryMax", "Slice.TasksMax"])
+def test_the_ceiling_over_all_jobs_fits_any_machine(key: str) -> None:
+    assert 0 < int(only(parse_unit(UNITS / "ffmpeg.slice"), key).removesuffix("%")) < 90
 
 
 def test_service_gives_a_configuration_error_no_second_try() -> None:

@@ -1,14 +1,18 @@
-"""The files of a job: locks, leftovers, what may be read, how an output is published."""
+"""The folder of a job: its lock, what a crash left of it, which part of it is the job's."""
 
 from __future__ import annotations
 
+import json
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from worker import workspace
 from worker.errors import JobError, Reason, WorkerError
+from worker.files.publish import publish
 from worker.workspace import Workspace
 
 
@@ -36,7 +40,8 @@ def test_what_a_crash_left_is_found_and_replaced(tmp_path: Path) -> None:
 
     taken = Workspace.create(tmp_path, "left")
 
-    assert list(left.iterdir()) == []
+    assert list(left.iterdir()) == [taken.files]
+    assert list(taken.files.iterdir()) == []
     assert list(workspace.abandoned(tmp_path)) == []
     taken.remove()
     held.remove()
@@ -61,106 +66,6 @@ def test_clear_keeps_the_folder_and_follows_no_link(tmp_path: Path) -> None:
     space.remove()
 
 
-def test_reading_a_file_of_any_size(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    assert workspace.read_ends(path) == workspace.read_tail(path) == ""
-    path.write_text("short\n")
-    assert workspace.read_ends(path) == workspace.read_tail(path) == "short\n"
-    path.write_bytes(b"first\n" + b"\xff" * 2_000_000 + b"\nlast")
-    text = workspace.read_ends(path)
-    assert text.startswith("first\n")
-    assert text.endswith("\nlast")
-    assert len(text) < 400_000
-    assert workspace.read_tail(path, 5) == "\nlast"
-
-
-def test_inputs(tmp_path: Path) -> None:
-    good, empty, pipe = tmp_path / "good", tmp_path / "empty", tmp_path / "pipe"
-    good.write_text("media")
-    empty.touch()
-    os.mkfifo(pipe)
-    assert workspace.check_input(good) == 5
-    for path, words in (
-        (tmp_path / "missing", "does not exist"),
-        (empty, "is empty"),
-        (pipe, "not a regular file"),
-        (tmp_path, "not a regular file"),
-        (good / "below", "Not a directory"),
-        (tmp_path / ("x" * 300), "File name too long"),
-    ):
-        with pytest.raises(JobError, match=words) as caught:
-            workspace.check_input(path)
-        assert caught.value.reason is Reason.INPUT_ERROR
-
-
-def test_outputs(tmp_path: Path) -> None:
-    source = tmp_path / "in.mp4"
-    source.write_text("media")
-    (tmp_path / "same.mp4").symlink_to(source)
-    workspace.check_output(tmp_path / "out.mp4", source)
-    for path, words in (
-        (tmp_path / "no/out.mp4", "does not exist"),
-        (tmp_path, "is a folder"),
-        (source, "same file as the input"),
-        (tmp_path / "same.mp4", "same file as the input"),
-    ):
-        with pytest.raises(JobError, match=words) as caught:
-            workspace.check_output(path, source)
-        assert caught.value.reason is Reason.USER_ERROR
-
-
-def test_no_output_among_the_folders_of_jobs(tmp_path: Path) -> None:
-    (tmp_path / "jobs/other").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "jobs/other")
-    workspace.check_output(tmp_path / "out.mp4", None, tmp_path / "jobs")
-    for folder in ("jobs", "jobs/other", "link"):
-        with pytest.raises(JobError, match="own files") as caught:
-            workspace.check_output(tmp_path / folder / "out.mp4", None, tmp_path / "jobs")
-        assert caught.value.reason is Reason.USER_ERROR
-
-
-def staged(tmp_path: Path) -> Path:
-    path = tmp_path / "staged"
-    path.write_text("new")
-    path.chmod(0o600)
-    return path
-
-
-@pytest.mark.parametrize("copy", [False, True])
-def test_publishing_replaces_a_link_instead_of_following_it(tmp_path: Path, copy: bool) -> None:
-    precious, target = tmp_path / "precious", tmp_path / "out.mp4"
-    precious.write_text("keep")
-    target.symlink_to(precious)
-
-    assert workspace.publish(staged(tmp_path), target, copy=copy) == 3
-
-    assert precious.read_text() == "keep"
-    assert not target.is_symlink()
-    assert target.read_text() == "new"
-    assert target.stat().st_mode & 0o777 == 0o644
-    assert (tmp_path / "staged").exists() is copy
-    assert not list(tmp_path.glob(".*.part"))
-
-
-def test_only_a_plain_file_of_its_own_is_published(tmp_path: Path) -> None:
-    target = tmp_path / "out.mp4"
-    secret = tmp_path / "secret"
-    secret.write_text("secret")
-    link, hard = tmp_path / "link", tmp_path / "hard"
-    link.symlink_to(secret)
-    hard.hardlink_to(secret)
-    for path in (link, hard, tmp_path):
-        with pytest.raises(JobError, match="cannot publish"):
-            workspace.publish(path, target)
-    assert not target.exists()
-
-
-def test_publishing_into_a_folder_that_went_away(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="No such file") as caught:
-        workspace.publish(staged(tmp_path), tmp_path / "gone/out.mp4")
-    assert caught.value.reason is Reason.PLATFORM_ERROR
-
-
 def test_a_work_directory_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WorkerError, match="WORK_DIR"):
@@ -169,46 +74,166 @@ def test_a_work_directory_that_cannot_be(tmp_path: Path) -> None:
     assert (tmp_path / "a/b").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_copy_of_the_longest_name_there_can_be(tmp_path: Path) -> None:
-    target = tmp_path / f"{'ü' * 125}.mp4"  # 254 of the 255 bytes of NAME_MAX
-    assert workspace.publish(staged(tmp_path), target, copy=True) == 3
-    assert target.read_text() == "new"
-
-
 def test_a_folder_that_went_away_is_clear(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     space = Workspace.create(tmp_path / "jobs", "x")
+    space.files.rmdir()
     space.path.rmdir()
     space.clear()
-    assert "cannot clear" in caplog.text
+    space.remove()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("make", [Workspace.create, Workspace.reopen])
+@pytest.mark.parametrize("with_group", [False, True])
+def test_only_one_folder_is_the_jobs(
+    tmp_path: Path, make: Callable[..., Workspace], with_group: bool
+) -> None:
+    group = a_group() if with_group else None
+    umask = os.umask(0o077)
+    try:
+        space = make(tmp_path / "jobs", "x", group)
+    finally:
+        os.umask(umask)
+    inside, above = space.files.stat(), space.path.stat()
+    assert stat.S_IMODE(above.st_mode) == 0o700
+    assert stat.S_IMODE(inside.st_mode) == (0o770 if with_group else 0o700)
+    assert inside.st_gid == (group if with_group else above.st_gid)
+    assert inside.st_uid == above.st_uid == os.geteuid()
+    for path in (space.log("main"), space.input(), space.output(".mkv")):
+        assert path.parent == space.files
+    assert space.stdout("main") == space.path / "main.out"
+    space.remove()
+    assert not space.path.exists()
+
+
+def a_group() -> int:
+    """One that we may give files to: any for root, else our own."""
+    return 61_235 if os.geteuid() == 0 else os.getgid()
+
+
+def test_a_folder_of_a_version_without_one_for_the_job(tmp_path: Path) -> None:
+    (tmp_path / "jobs/x").mkdir(parents=True)
+    (tmp_path / "jobs/x/main.log").write_text("old")
+    space = Workspace.reopen(tmp_path / "jobs", "x", a_group())
+    assert space.files.is_dir()
+    assert (space.path / "main.log").read_text() == "old"
+    space.let_go()
+    Workspace.reopen(tmp_path / "jobs", "x", a_group()).remove()
+
+
+def test_a_link_is_no_folder_for_the_job(tmp_path: Path) -> None:
+    (tmp_path / "jobs/x").mkdir(parents=True)
+    (tmp_path / "jobs/x/files").symlink_to(tmp_path)
+    for _ in range(2):
+        with pytest.raises(JobError, match="Not a directory") as caught:
+            Workspace.reopen(tmp_path / "jobs", "x", a_group())
+        assert caught.value.reason is Reason.PLATFORM_ERROR
+        # Nobody holds it after that.
+        assert list(workspace.abandoned(tmp_path / "jobs")) == [tmp_path / "jobs/x"]
+
+
+def test_an_output_is_taken_out_of_reach(tmp_path: Path) -> None:
+    space = Workspace.create(tmp_path / "jobs", "x", a_group())
+    assert space.take_output(".mp4") is None
+    assert space.take_input() is None
+    for path in (space.output(".mp4"), space.input()):
+        path.write_text("media")
+        path.chmod(0o600)
+    assert space.take_input() == 5
+    for _ in range(2):
+        assert space.take_output(".mp4") == space.path / "output.mp4"
+    for path in (space.path / "output.mp4", space.input()):
+        found = path.stat()
+        assert (found.st_uid, found.st_gid) == (os.geteuid(), a_group())
+        assert stat.S_IMODE(found.st_mode) == 0o640
+    space.let_go()
+    again = Workspace.reopen(tmp_path / "jobs", "x", a_group())
+    assert again.take_output(".mp4") == again.path / "output.mp4"
+    again.remove()
+
+
+def test_what_is_no_output_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "secret").chmod(0o600)
+    space = Workspace.create(tmp_path / "jobs", "x", a_group())
+    space.output(".mp4").symlink_to(tmp_path / "secret")
+    space.input().hardlink_to(tmp_path / "secret")
+    for take in (lambda: space.take_output(".mp4"), space.take_input):
+        with pytest.raises(JobError, match="not a regular file of its own") as caught:
+            take()
+        assert caught.value.reason is Reason.RUNTIME_ERROR
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+    space.remove()
+    assert (tmp_path / "secret").read_text() == "secret"
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("dies_before", [False, True])
+def test_whether_it_was_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: bool, dies_before: bool
+) -> None:
+    """An agent that dies at any moment leaves what tells the next one, with a copy, too."""
+
+    class Died(BaseException):
+        pass
+
+    def die(*_args: object, **_more: object) -> None:
+        raise Died
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "way").symlink_to("out")
+    target = tmp_path / "out/x.mp4"
+    space = Workspace.create(tmp_path / "jobs", "x", a_group())
+    space.output(".mp4").write_text("media")
+    staged = space.take_output(".mp4")
+    assert staged is not None
+    assert space.published() is None
+    with monkeypatch.context() as patched:
+        # Either does not come to the name, or not to what follows it.
+        patched.setattr(os, "link" if dies_before else "unlink", die)
+        with pytest.raises(Died):
+            publish(
+                staged, tmp_path / "way/x.mp4", dirs=[tmp_path], owner=None, copy=copy,
+                note=space.publishing,
+            )  # fmt: skip
+    space.let_go()
+    again = Workspace.reopen(tmp_path / "jobs", "x", a_group())
+    assert again.published() == (None if dies_before else target)
+    if dies_before:
+        assert again.take_output(".mp4") == staged
+        publish(staged, target, dirs=[tmp_path], owner=None, note=again.publishing)
+    assert again.published() == target
+    assert target.stat().st_nlink == 1
+    assert list((tmp_path / "out").iterdir()) == [target]
+    again.remove()
+    assert target.read_text() == "media"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"target": 1}', '{"target": "/nothing"}'])
+def test_a_note_that_was_cut_short(tmp_path: Path, text: str) -> None:
+    space = Workspace.create(tmp_path / "jobs", "x")
+    (space.path / "publishing.json").write_text(text)
+    assert space.published() is None
     space.remove()
 
 
-def test_an_output_that_cannot_be_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_path: Path) -> bool:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "is_dir", refuse)
-    with pytest.raises(JobError, match="Permission denied") as caught:
-        workspace.check_output(tmp_path / "out.mp4", None)
-    assert caught.value.reason is Reason.PLATFORM_ERROR
-
-
-def test_sizes(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("four")
-    (tmp_path / "link").symlink_to("file")
-    sizes = [workspace.size_of(tmp_path / name) for name in ("file", "link", "nothing")]
-    assert sizes == [4, None, None]
+def test_a_job_that_fills_its_folder(tmp_path: Path) -> None:
+    space = Workspace.create(tmp_path / "jobs", "x")
+    for name in ("a/b/c", "d"):
+        (space.files / name).mkdir(parents=True)
+        (space.files / name / "\udcff").symlink_to("/etc")
+    space.stdout("main").write_text("text")
+    space.clear()
+    assert list(space.path.iterdir()) == []
+    space.remove()
+    assert list((tmp_path / "jobs").iterdir()) == []
 
 
-@pytest.mark.parametrize("lines", [1, 4_000, 20_000])
-def test_the_ends_of_a_log_are_whole_lines(tmp_path: Path, lines: int) -> None:
-    line = "[info] http://user:secret@host"
-    path = tmp_path / "main.log"
-    path.write_text("".join(f"{line}/{number:06}\n" for number in range(lines)))
-    read = workspace.read_ends(path).splitlines()
-    assert len(read) <= lines
-    assert all(one.startswith(line) and len(one) == len(line) + 7 for one in read)
-    assert read[0].endswith("/000000")
-    assert read[-1].endswith(f"/{lines - 1:06}")
+def test_a_note_of_an_earlier_version(tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_text("media")
+    found = (tmp_path / "x.mp4").stat()
+    note = {"target": str(tmp_path / "x.mp4"), "device": found.st_dev, "inode": found.st_ino}
+    space = Workspace.create(tmp_path / "jobs", "x")
+    (space.path / "publishing.json").write_text(json.dumps(note))
+    assert space.published() == tmp_path / "x.mp4"
+    space.remove()

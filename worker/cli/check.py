@@ -44,6 +44,10 @@ def _shown(field: str, value: object) -> str:
         return "true" if value else "false"
     if field in _DURATIONS and isinstance(value, float):
         return format_duration(value)
+    if isinstance(value, frozenset):
+        return ",".join(sorted(value))
+    if isinstance(value, tuple):
+        return escape(":".join(map(str, value)))
     if value is None or value == "":
         return "-"
     return escape(str(value))

@@ -14,12 +14,14 @@ from pydantic import ValidationError
 
 from worker import workspace
 from worker.config import Settings
+from worker.diskwatch import DiskWatch
 from worker.errors import ConfigError
 from worker.execution import Execution
 from worker.jobs.outcome import Intent
 from worker.master.wire import Job
 from worker.node.facts import gather
-from worker.steps import Programs
+from worker.programs import Programs
+from worker.site import Site
 from worker.systemd import enforcement
 from worker.systemd.launcher import Launcher
 
@@ -64,6 +66,8 @@ def read_job(job_file: str) -> Job:
 
 async def _run(settings: Settings, job: Job) -> int:
     workspace.require_work_dir(settings.work_dir)
+    programs = Programs.find()
+    site, disk = Site.prepare(settings, programs), DiskWatch()
     launcher = Launcher(user=settings.user)
     await launcher.connect()  # without the daemon's patience: somebody is waiting
     try:
@@ -77,8 +81,10 @@ async def _run(settings: Settings, job: Job) -> int:
             node_id=settings.node_name,
             launcher=launcher,
             capabilities=facts.capabilities,
-            programs=Programs.find(),
+            programs=programs,
             settings=settings,
+            site=site,
+            disk=disk,
             on_progress=progress.show,
         )
         loop = asyncio.get_running_loop()
@@ -92,8 +98,11 @@ async def _run(settings: Settings, job: Job) -> int:
             await execution.release()
             execution.close()
     finally:
+        disk.close()
         await launcher.close()
-    print(result.model_dump_json(exclude_none=True, indent=2))
+    document = result.model_dump(mode="json", exclude_none=True)
+    # In ASCII: what a job or a file is called must not speak to the terminal.
+    print(json.dumps(document, indent=2).replace("\x7f", "\\u007f"))
     return 0 if result.status == "completed" else 1
 
 

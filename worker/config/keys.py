@@ -1,159 +1,38 @@
-"""The one table of what an operator can set, and how each value is read.
-
-A parser takes the text as written and returns the value, or raises ValueError with a sentence
-that says what is accepted. The text itself is added by whoever reports it: it may be a secret.
-"""
+"""The one table of what an operator can set."""
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from worker.config.durations import format_duration, parse_duration
-from worker.node.cpu import usable_cpus
+from worker.config.parsers import (
+    BOOLEAN_WORDS,
+    duration,
+    integer,
+    one_of,
+    parse_address,
+    parse_api_key,
+    parse_bool,
+    parse_dirs,
+    parse_group,
+    parse_jobs,
+    parse_key_file,
+    parse_level,
+    parse_log_file,
+    parse_master_url,
+    parse_node_name,
+    parse_owner,
+    parse_readable_file,
+    parse_work_dir,
+    protocols,
+)
+from worker.jobs.policy import INPUT_PROTOCOLS, OUTPUT_PROTOCOLS
 
-_TRUE = frozenset({"1", "t", "T", "TRUE", "true", "True"})
-_FALSE = frozenset({"0", "f", "F", "FALSE", "false", "False"})
-BOOLEAN_WORDS = _TRUE | _FALSE
-_LEVELS = {"debug": "debug", "info": "info", "warn": "warning", "warning": "warning"} | {
-    "error": "error"
-}
-_NODE_NAME = re.compile(r"[A-Za-z0-9_.:\[\]/-]{1,253}")
-_HOST = re.compile(r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]")
+__all__ = ["BOOLEAN_WORDS", "KEYS", "MASTER_DEAD_AFTER", "Key", "integer"]
+
 MASTER_DEAD_AFTER = 90.0
 """Seconds without a heartbeat after which the master gives a node's jobs to others."""
-
-
-def parse_bool(text: str) -> bool:
-    if text in _TRUE:
-        return True
-    if text in _FALSE:
-        return False
-    raise ValueError("must be true or false (or 1, 0, t, f)")
-
-
-def integer(low: int, high: int, what: str = "") -> Callable[[str], int]:
-    accepted = f"must be a whole number from {low} to {high}{what}"
-
-    def parse(text: str) -> int:
-        # int() would also take "1_000", " 1" and other scripts' digits
-        if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
-            raise ValueError(accepted)
-        return int(text)
-
-    return parse
-
-
-def duration(low: float, high: float, why: str = "") -> Callable[[str], float]:
-    accepted = f"must be from {format_duration(low)} to {format_duration(high)}{why}"
-
-    def parse(text: str) -> float:
-        seconds = parse_duration(text)
-        if not low <= seconds <= high:
-            raise ValueError(accepted)
-        return seconds
-
-    return parse
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    accepted = f"must be {', '.join(words[:-1])} or {words[-1]}"
-
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(accepted)
-        return text
-
-    return parse
-
-
-def parse_jobs(text: str) -> int:
-    """``auto`` is three quarters of the CPUs that jobs may use."""
-    if text == "auto":
-        return max(1, usable_cpus() * 3 // 4)
-    try:
-        return integer(1, 1000)(text)
-    except ValueError as error:
-        raise ValueError(f"{error}, or auto (three quarters of the CPUs)") from None
-
-
-def parse_master_url(text: str) -> str:
-    accepted = "must be http://HOST[:PORT] or https://HOST[:PORT]"
-    try:
-        url = urlsplit(text)
-        port = url.port
-    except ValueError:
-        raise ValueError(accepted) from None
-    if not text.isascii() or not text.isprintable() or " " in text or port == 0:
-        raise ValueError(accepted)
-    if "@" in url.netloc:
-        raise ValueError("must not hold a name or password, it would be logged; use MASTER_API_KEY")
-    host = url.netloc.removesuffix(f":{port}") if port is not None else url.netloc
-    if url.scheme not in ("http", "https") or not _HOST.fullmatch(host.removesuffix(":")):
-        raise ValueError(accepted)
-    if url.query or url.fragment:
-        raise ValueError(f"{accepted}, without ? and #")
-    if "MASTER_IP" in host:
-        raise ValueError("is the placeholder still; put the master's name or address in")
-    return text.rstrip("/:")
-
-
-def parse_api_key(text: str) -> str:
-    """RFC 9110, field values: what cannot stand in a header cannot be a key."""
-    if not re.fullmatch(r"[!-~]{1,4096}", text):
-        raise ValueError("must be visible ASCII characters without blanks, at most 4096")
-    return text
-
-
-def parse_node_name(text: str) -> str:
-    if not _NODE_NAME.fullmatch(text):
-        raise ValueError("must be 1 to 253 letters, digits or any of _ . - : / [ ]")
-    return text
-
-
-def parse_address(text: str) -> str:
-    try:
-        return text if text == "localhost" else str(ipaddress.ip_address(text.strip("[]")))
-    except ValueError:
-        raise ValueError("must be an IPv4 or IPv6 address of this machine, or localhost") from None
-
-
-def parse_level(text: str) -> str:
-    try:
-        return _LEVELS[text.lower()]
-    except KeyError:
-        raise ValueError("must be debug, info, warn (or warning) or error") from None
-
-
-def parse_work_dir(text: str) -> Path:
-    path = Path(text)
-    if not path.is_absolute() or ".." in path.parts or not text.isprintable():
-        raise ValueError("must be an absolute path without '..'")
-    if path == Path("/"):
-        raise ValueError("must be a directory of its own, not /")
-    return path
-
-
-def parse_log_file(text: str) -> Path:
-    path = Path(text)
-    if not path.is_absolute() or not text.isprintable() or path.is_dir():
-        raise ValueError("must be the absolute path of a file")
-    return path
-
-
-def parse_readable_file(text: str) -> Path:
-    path = Path(text)
-    try:
-        with path.open("rb"):
-            return path.absolute()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"must be a file that can be read: {reason}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +84,15 @@ KEYS: tuple[Key, ...] = (
         ("MASTER_API_KEY", "FFMPEG_RTMP_API_KEY"),
         "KEY",
         secret=True,
+    ),
+    Key(
+        "master_api_key_file",
+        "--api-key-file",
+        parse_key_file,
+        "file whose first line is the bearer key, readable by its owner alone",
+        "master",
+        ("MASTER_API_KEY_FILE",),
+        "FILE",
     ),
     Key(
         "ca",
@@ -291,6 +179,20 @@ KEYS: tuple[Key, ...] = (
         "where jobs keep their files (/var/lib/ffmpeg-worker)",
         metavar="DIR",
     ),
+    _key(
+        "job_group",
+        parse_group,
+        "node",
+        "group that jobs run in, so that inputs can be made readable for them (ffmpeg-worker)",
+        metavar="GROUP",
+    ),
+    _key(
+        "output_owner",
+        parse_owner,
+        "node",
+        "whose the published outputs are (ffmpeg-worker)",
+        metavar="USER[:GROUP]",
+    ),
     Key(
         "user",
         "--user",
@@ -325,6 +227,34 @@ KEYS: tuple[Key, ...] = (
         "jobs",
         "run time of a job that names no limit (3600)",
         metavar="N",
+    ),
+    _key(
+        "input_dirs",
+        parse_dirs,
+        "jobs",
+        "below which jobs may read files (/var/lib/ffmpeg-worker/media)",
+        metavar="DIR[:DIR]",
+    ),
+    _key(
+        "output_dirs",
+        parse_dirs,
+        "jobs",
+        "below which jobs may put outputs (the work directory)",
+        metavar="DIR[:DIR]",
+    ),
+    _key(
+        "input_protocols",
+        protocols(*INPUT_PROTOCOLS),
+        "jobs",
+        "what jobs may read from (all)",
+        metavar="NAME[,NAME]",
+    ),
+    _key(
+        "output_protocols",
+        protocols(*OUTPUT_PROTOCOLS),
+        "jobs",
+        "what jobs may write to (all)",
+        metavar="NAME[,NAME]",
     ),
     _key("generate_input", parse_bool, "jobs", "make a test video for a job without input (true)"),
     _key("persist_inputs", parse_bool, "jobs", "keep generated inputs (false)"),

@@ -1,4 +1,8 @@
-"""From what the operator wrote, in up to four places, to ``Settings``."""
+"""From what the operator wrote, in up to four places, to ``Settings``.
+
+The API key has two places more. In order: the flag, the environment, the file that
+``MASTER_API_KEY_FILE`` names (wherever that is written), the credential, the ``--config`` file.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,9 @@ from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from worker.config.envfile import EnvFile, EnvFileError, parse_env
-from worker.config.keys import KEYS, Key, parse_node_name
+from worker.config.keyfile import read_key_file
+from worker.config.keys import KEYS, Key
+from worker.config.parsers import parse_key_file, parse_node_name
 from worker.config.settings import Settings
 from worker.errors import ConfigError
 
@@ -24,6 +30,7 @@ PLACEHOLDER_KEY = "your-api-key-here"
 _LARGEST_FILE = 1 << 20
 _SHOWN = 120
 """Characters of a wrong value that an error text repeats."""
+_KEY_FILE = next(key for key in KEYS if key.field == "master_api_key_file")
 _USER_INFO = re.compile(r"//.*@")
 """Name and password in a URL, which no error text may repeat."""
 
@@ -43,7 +50,7 @@ class _Written:
     where: str
     text: str
     rank: int
-    """Lower is stronger: flag 0, environment 1, credential 2, file 3."""
+    """Lower is stronger: flag 0, environment 1, key file or credential 2, ``--config`` file 3."""
 
 
 def resolve(
@@ -90,7 +97,8 @@ def resolve(
         if key.secret and written.rank == 0:
             warnings.append(
                 f"{key.flag}: every local user can see the key in the list of processes; "
-                f"put it into the environment ({key.names[0]}) or the credential {CREDENTIAL}"
+                f"put it into a file ({key.names[0]}_FILE), the environment ({key.names[0]}) or "
+                f"the credential {CREDENTIAL}"
             )
 
     _node_name(values, sources, errors)
@@ -101,6 +109,12 @@ def resolve(
     settings = Settings.model_validate(values)
     if need_master:
         warnings += _master_warnings(settings)
+    key_source = sources.get("master_api_key", "")
+    if settings.master_api_key_file and not key_source.startswith("key file "):
+        warnings.append(
+            f"MASTER_API_KEY_FILE has no effect: {key_source} comes first; "
+            "take the one or the other out"
+        )
     for field in Settings.model_fields:
         sources.setdefault(field, "default")
     return Resolved(settings, MappingProxyType(sources), tuple(warnings))
@@ -120,6 +134,8 @@ def _places(
     for name in key.names:
         if text := environ.get(name, ""):
             yield _Written(f"environment variable {name}", text, 1)
+    if key.secret:
+        yield from _key_file(flags, environ, env_file, config_file, errors)
     if key.secret and (directory := environ.get("CREDENTIALS_DIRECTORY", "")):
         path = Path(directory) / CREDENTIAL
         try:
@@ -135,6 +151,27 @@ def _places(
         assignment = env_file.assignments.get(name)
         if assignment and assignment.value:
             yield _Written(f"{config_file}:{assignment.line}: {name}", assignment.value, 3)
+
+
+def _key_file(
+    flags: Mapping[str, str],
+    environ: Mapping[str, str],
+    env_file: EnvFile,
+    config_file: str,
+    errors: list[str],
+) -> Iterator[_Written]:
+    """The API key from the file that the operator names for it."""
+    named = next(_places(_KEY_FILE, flags, environ, env_file, config_file, errors), None)
+    if named is None:
+        return
+    try:
+        path = parse_key_file(named.text)
+    except ValueError:
+        return  # said where that key itself is read
+    try:
+        yield _Written(f"key file {path}", read_key_file(path), 2)
+    except ValueError as error:
+        errors.append(f"{named.where}: {path} {error}")
 
 
 def _wrong(key: Key, written: _Written, accepted: str) -> str:

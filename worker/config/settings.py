@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import BaseModel, ConfigDict, SecretStr, model_validator
 
+from worker.jobs.policy import (
+    INPUT_DIR,
+    INPUT_PROTOCOLS,
+    OUTPUT_PROTOCOLS,
+    WORK_DIR,
+    Policy,
+    workers_own,
+)
 from worker.jobs.spec import Limits
 
-DEFAULT_WORK_DIR = Path("/var/lib/ffmpeg-worker")
+DEFAULT_WORK_DIR = WORK_DIR
+DEFAULT_ACCOUNT = "ffmpeg-worker"
 
 
 class Settings(BaseModel):
@@ -20,6 +29,8 @@ class Settings(BaseModel):
     master_url: str = ""
     """``http(s)://host[:port][/path]`` without a trailing slash; empty: no master is needed."""
     master_api_key: SecretStr | None = None
+    master_api_key_file: Path | None = None
+    """Where the operator keeps the key; it has been read where ``master_api_key`` is from it."""
     ca: Path | None = None
     """PEM file of the authorities that may vouch for the master; None: the system's."""
     cert: Path | None = None
@@ -48,6 +59,17 @@ class Settings(BaseModel):
     default_disk_mb: int = 5000
     default_timeout_sec: int = 3600
 
+    input_dirs: tuple[Path, ...] = (INPUT_DIR,)
+    """Jobs may read files below these."""
+    output_dirs: tuple[Path, ...] = (DEFAULT_WORK_DIR,)
+    """Jobs may put outputs below these; the work directory unless something else is said."""
+    input_protocols: frozenset[str] = frozenset(INPUT_PROTOCOLS)
+    output_protocols: frozenset[str] = frozenset(OUTPUT_PROTOCOLS)
+    output_owner: str = DEFAULT_ACCOUNT
+    """``user`` or ``user:group``, by name or number: whose a published output is."""
+    job_group: str = DEFAULT_ACCOUNT
+    """By name or number: the group that jobs run in."""
+
     generate_input: bool = True
     persist_inputs: bool = False
     persist_outputs: bool = False
@@ -64,6 +86,24 @@ class Settings(BaseModel):
     """A second place for the log; stderr has it in any case."""
     user: bool = False
     """Jobs are units of our own service manager (``systemctl --user``)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _outputs_go_to_the_work_dir(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "work_dir" in values:
+            return {"output_dirs": (values["work_dir"],), **values}
+        return values
+
+    @property
+    def policy(self) -> Policy:
+        """What jobs may read and write."""
+        return Policy(
+            input_dirs=self.input_dirs,
+            output_dirs=self.output_dirs,
+            input_protocols=self.input_protocols,
+            output_protocols=self.output_protocols,
+            closed=workers_own(self.work_dir),
+        )
 
     @property
     def defaults(self) -> Limits:

@@ -24,7 +24,7 @@ _ALIASES = {
 _SOFTWARE = frozenset({"libx264", "libx264rgb", "libx265", "libvpx", "libvpx-vp9", *AV1_ENCODERS})
 _OTHER_KNOWN = frozenset({"libkvazaar", "libopenh264", "libxvid", "libtheora", "libxavs2"})
 _HARDWARE = re.compile(
-    r"(?:h264|hevc|av1|vp8|vp9|mpeg2|mpeg4|mjpeg|h263|prores|nvenc)"
+    r"(?:h264|hevc|av1|vp8|vp9|mpeg2|mpeg4|mjpeg|h263|prores|ffv1|nvenc)"
     r"_(?:nvenc|qsv|vaapi|videotoolbox|amf|v4l2m2m|omx|mf|mediacodec|cuvid|rkmpp|vulkan|d3d12va"
     r"|h264|hevc)",
     re.A,
@@ -148,6 +148,11 @@ def codec_of(encoder: str) -> str | None:
     if match is None:
         return None
     return "mpeg2video" if match[1] == "mpeg2" else match[1]
+
+
+def is_hardware(encoder: str) -> bool:
+    """Whether an encoder works with a device rather than with the CPU."""
+    return _HARDWARE.fullmatch(encoder) is not None
 
 
 def presets_of(encoder: str) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 from worker.errors import Reason
+from worker.jobs import rtmp
 from worker.jobs.progress import LogFacts
+from worker.jobs.text import url_scheme
 
 _WRITE_FAILED = re.compile(
     r"No space left on device|File too large|Disk quota exceeded", re.IGNORECASE
@@ -72,11 +74,14 @@ def input_is_damaged(log: LogFacts) -> bool:
 def lines_without_names(log: LogFacts, source: str | None, output: str | None) -> list[str]:
     """The error lines with INPUT and OUTPUT for the names on the command line.
 
-    A file's name must not be able to choose the reason of a failure, nor must a server's words.
+    Of a stream ``output`` is the whole URL; the command line has no more than its place. A
+    file's name must not be able to choose the reason of a failure, nor must a server's words.
     """
     lines = ["".join(line.partition(_SERVER)[:2]) for line in log.errors]
     lines = [_without(line, source, "INPUT") for line in lines]
-    return [_without(line, output, "OUTPUT") for line in lines]
+    lines = [_without(line, output, "OUTPUT") for line in lines]
+    place = rtmp.split(output).place if output and url_scheme(output) in rtmp.SCHEMES else None
+    return [_without(line, place, "OUTPUT") for line in lines]
 
 
 def write_failed(lines: list[str]) -> bool:

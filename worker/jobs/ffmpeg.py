@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from worker.jobs import rtmp
 from worker.jobs.containers import audio_options
 from worker.jobs.encoders import codec_of, preset_options
-from worker.jobs.places import FILE_PROTOCOLS, PROTOCOLS
 from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, StreamOutput, UrlInput
 from worker.jobs.text import redact, url_scheme
 
@@ -23,6 +23,20 @@ _EVEN_ONLY = frozenset({"h264", "hevc", "av1"})  # their encoders refuse an odd 
 _INPUT_ENCODERS = ("libx264", "libopenh264", "mpeg4")
 _INPUT_BITS_PER_PIXEL = 0.1  # 4K at 60 frames/s: 50 Mbit/s; unbounded noise would be ten times that
 _KEYFRAME_SEC = 2  # a viewer can join at a keyframe only
+_FILE_ONLY = ("-protocol_whitelist", "file")
+_CARRIERS = {
+    "http": ("tcp", "crypto", "data"),
+    "https": ("tls", "tcp", "crypto", "data"),
+    "rtmp": ("tcp",),
+    "rtmps": ("tls", "tcp"),
+    "rtsp": ("rtp", "srtp", "udp", "tcp"),
+    "srt": (),
+    "udp": (),
+    "tcp": (),
+    "rtp": ("srtp", "udp"),
+}
+"""What ffmpeg must be able to open for a scheme besides it: never a local file, so that no
+playlist from afar can read one, and no proxy."""
 SERVER_TIMEOUT_SEC = 10
 """For each answer of a streaming server, and for each write that it holds up."""
 _PROBE_ENTRIES = (
@@ -67,6 +81,7 @@ def input_command(
         *(("-preset", "ultrafast") if encoder == "libx264" else ()),
         *("-threads", str(threads or spec.threads)),
         *("-pix_fmt", "yuv420p"),
+        *_FILE_ONLY,
         *("-f", "mp4", _file(destination)),
     )
 
@@ -87,18 +102,33 @@ def transcode_command(
         *_hardware(spec),
         *_input(spec, source),
         *_encoding(spec, spec.duration_sec),
+        *_FILE_ONLY,
         *("-f", spec.muxer, _file(output)),
     )
 
 
-def stream_command(spec: JobSpec, ffmpeg: Path | str, source: Path | str) -> tuple[str, ...]:
+def stream_secrets(spec: JobSpec) -> str:
+    """What is to stand in the file ``secrets`` of ``stream_command``; empty: none is needed."""
+    return _stream(spec).presets
+
+
+def stream_command(
+    spec: JobSpec, ffmpeg: Path | str, source: Path | str, *, secrets: Path | None
+) -> tuple[str, ...]:
     """Send ``source`` (see ``transcode_command``) to a server, at the speed of life.
 
-    A test video is made on the way, with a tone, and ``source`` is of no account.
+    A test video is made on the way, with a tone, and ``source`` is of no account. ``secrets`` is
+    a file with ``stream_secrets(spec)`` in it, which only the job can read; None where that is
+    empty.
     """
     if not isinstance(spec.output, StreamOutput):
         raise ValueError(f"the output of job {spec.id} is a file")
     url, made, duration = spec.output.url, spec.source, spec.duration_sec
+    hidden: tuple[str, ...] = ()
+    if stream_secrets(spec):
+        if secrets is None:
+            raise ValueError(f"the stream of job {spec.id} needs a file for what is secret in it")
+        url, hidden = _stream(spec).place, ("-fpre", _absolute(secrets))
     if isinstance(made, GeneratedInput):
         rate = _decimal(made.frame_rate)
         reading: tuple[str, ...] = (
@@ -121,8 +151,9 @@ def stream_command(spec: JobSpec, ffmpeg: Path | str, source: Path | str) -> tup
         *_keyframes(spec),
         # There is no header to go back to when the length is known.
         *("-flvflags", "no_duration_filesize"),
-        *("-protocol_whitelist", PROTOCOLS[url_scheme(url)]),
+        *("-protocol_whitelist", _protocols(url_scheme(url))),
         *("-rw_timeout", str(SERVER_TIMEOUT_SEC * 1_000_000)),
+        *hidden,
         *("-f", spec.muxer, url),
     )
 
@@ -137,7 +168,7 @@ def probe_command(ffprobe: Path | str, path: Path) -> tuple[str, ...]:
         str(ffprobe),
         "-hide_banner",
         *("-loglevel", "level+error"),
-        *("-protocol_whitelist", "file"),
+        *_FILE_ONLY,
         *("-select_streams", "v:0"),
         *("-read_intervals", "%+#1"),
         *("-show_entries", _PROBE_ENTRIES),
@@ -208,12 +239,12 @@ def _input(spec: JobSpec, source: Path | str) -> tuple[str, ...]:
     # Of the decoder, which would take all CPUs of the host.
     threads = ("-threads", str(min(spec.threads, _MAX_DECODER_THREADS)))
     if isinstance(spec.source, UrlInput):
-        protocols = PROTOCOLS[spec.source.scheme]
+        protocols = _protocols(spec.source.scheme, *spec.source.further)
         return (*threads, "-protocol_whitelist", protocols, "-i", str(source))
     loop: tuple[str, ...] = ()
     if isinstance(spec.source, GeneratedInput) and spec.duration_sec is not None:
         loop = ("-stream_loop", "-1") if spec.duration_sec > spec.source.duration_sec else ()
-    return (*threads, "-protocol_whitelist", FILE_PROTOCOLS, *loop, "-i", _file(Path(source)))
+    return (*threads, *_FILE_ONLY, *loop, "-i", _file(Path(source)))
 
 
 def _filters(spec: JobSpec) -> tuple[str, ...]:
@@ -230,9 +261,25 @@ def _filters(spec: JobSpec) -> tuple[str, ...]:
 
 def _file(path: Path) -> str:
     """Taken literally: without the prefix, a colon could make a protocol of it."""
+    return f"file:{_absolute(path)}"
+
+
+def _absolute(path: Path) -> str:
     if not path.is_absolute():
         raise ValueError(f"{path} is not absolute")
-    return f"file:{path}"
+    return str(path)
+
+
+def _protocols(*schemes: str) -> str:
+    """ffmpeg's white list for schemes: they and what carries them."""
+    carriers = (carrier for scheme in schemes for carrier in _CARRIERS[scheme])
+    return ",".join(dict.fromkeys((*schemes, *carriers)))
+
+
+def _stream(spec: JobSpec) -> rtmp.Stream:
+    if not isinstance(spec.output, StreamOutput):
+        raise ValueError(f"the output of job {spec.id} is a file")
+    return rtmp.split(spec.output.url)
 
 
 def _decimal(value: float) -> str:

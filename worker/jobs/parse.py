@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from worker.errors import JobError, Reason
+from worker.errors import Reason
 from worker.jobs import streams
 from worker.jobs.capabilities import Capabilities
 from worker.jobs.containers import DEFAULT_MUXER, fits
 from worker.jobs.encoders import check_preset, check_tune, choose_encoder, codec_of
+from worker.jobs.labels import MAX_DURATION_SEC, first_of, is_streaming, parse_labels
 from worker.jobs.limits import resolve_limits
 from worker.jobs.places import read_input, read_output
+from worker.jobs.policy import SHIPPED, Policy
 from worker.jobs.scenario import Scenario, read_scenario
 from worker.jobs.spec import (
     FileInput,
     GeneratedInput,
     JobSpec,
     Limits,
-    Priority,
-    Queue,
     StreamOutput,
     UrlInput,
 )
@@ -31,7 +30,6 @@ from worker.jobs.text import label
 from worker.jobs.values import choices, integer, mapping, name, number, refused, string
 from worker.master.wire import Job
 
-MAX_DURATION_SEC = 7 * 86400.0
 MAX_GENERATED_SEC = 120.0
 DEFAULT_GENERATED_SEC = 10.0
 DEFAULT_BITRATE = 2_000_000
@@ -43,17 +41,15 @@ KNOWN_HWACCELS = frozenset(
     {"cuda", "cuvid", "nvdec", "vaapi", "qsv", "vdpau", "drm", "opencl", "vulkan", "videotoolbox"}
     | {"d3d11va", "d3d12va", "dxva2", "mediacodec", "rkmpp", "amf"}
 )
-_KNOWN = frozenset(
+KNOWN_PARAMETERS = frozenset(
     {"input", "output", "output_mode", "rtmp_url", "stream_key", "codec", "bitrate", "preset"}
     | {"duration", "duration_seconds", "resolution", "resolution_width", "resolution_height"}
     | {"frame_rate", "fps", "hwaccel", "threads", "tune", "engine", "resource_limits"}
     | {"classification", "confidence", "metadata", "description", "name", "tags", "labels"}
 )
 _MAX_NAMED = 10
-_STREAM_MODES = ("rtmp", "stream")
 
 _Parameters = Mapping[str, Any]
-_Rank = TypeVar("_Rank", Queue, Priority)
 
 
 def parse_job(
@@ -63,34 +59,35 @@ def parse_job(
     *,
     generate_input: bool,
     stream_host: str = "",
+    policy: Policy = SHIPPED,
 ) -> JobSpec:
     """All that decides how ``job`` is run. Raises JobError, and nothing else.
 
     ``stream_host`` is where a stream goes that names no place: the master's host, without
-    brackets; empty where there is none.
+    brackets; empty where there is none. ``policy`` is what the operator allows.
     Where two fields mean the same thing, only the one that counts is judged.
     """
     parameters = mapping(job.parameters, "parameters")
     scenario = read_scenario(string(job.scenario, "scenario") or "")
     labels = parse_labels(job)
     engine = _engine(job, parameters)
-    streaming = _streaming(parameters)
+    streaming = is_streaming(parameters)
     limits, notes = resolve_limits(
         job.resource_limits, parameters, job.wrapper_constraints, defaults, capabilities
     )
 
     duration = _duration(parameters)
     longest = MAX_DURATION_SEC if streaming else MAX_GENERATED_SEC
-    source = _source(parameters, scenario, duration, generate_input, longest)
+    source = _source(parameters, scenario, duration, generate_input, longest, policy)
     given = not isinstance(source, GeneratedInput)
     encoder = _encoder(parameters, scenario, capabilities, streaming)
     output: Path | StreamOutput | None
     stream_notes: tuple[str, ...] = ()
     if streaming:
-        target = streams.read_target(parameters, job.id, stream_host)
+        target = streams.read_target(parameters, job.id, stream_host, policy.output_protocols)
         output, muxer, stream_notes = target.output, streams.MUXER, target.notes
     else:
-        output, muxer = _output(parameters, source)
+        output, muxer = _output(parameters, source, policy)
     if not fits(codec_of(encoder), muxer):
         raise refused(
             "parameters.output" if output else "parameters.codec",
@@ -130,61 +127,6 @@ def parse_job(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What a job is called and where it stands, known even of a job that cannot be run."""
-
-    scenario: str
-    queue: Queue
-    priority: Priority
-    classification: str
-    duration_sec: float | None
-    """What the job asks for, None if it does not or that makes no sense."""
-    streaming: bool = False
-
-
-def parse_labels(job: Job) -> Labels:
-    """Never raises: what cannot be read has its default."""
-    parameters = job.parameters if isinstance(job.parameters, Mapping) else {}
-    return Labels(
-        scenario=label(job.scenario.strip()) if isinstance(job.scenario, str) else "",
-        queue=_member(Queue, job.queue, Queue.DEFAULT),
-        priority=_member(Priority, job.priority, Priority.MEDIUM),
-        classification=_classification(job, parameters),
-        duration_sec=_asked_seconds(parameters),
-        streaming=_asks_to_stream(parameters),
-    )
-
-
-def _asks_to_stream(parameters: _Parameters) -> bool:
-    try:
-        return _streaming(parameters)
-    except JobError:
-        return False
-
-
-def _asked_seconds(parameters: _Parameters) -> float | None:
-    _, value = _first(parameters, "duration", "duration_seconds")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 < value <= MAX_DURATION_SEC else None
-
-
-def _member(kind: type[_Rank], value: object, default: _Rank) -> _Rank:
-    """A master ranks what it does not know as default and medium; so do we."""
-    try:
-        return kind(value.strip().lower()) if isinstance(value, str) else default
-    except ValueError:
-        return default
-
-
-def _classification(job: Job, parameters: _Parameters) -> str:
-    for value in (job.classification, parameters.get("classification")):
-        if isinstance(value, str) and value.strip():
-            return label(value.strip(), 60)
-    return ""
-
-
 def _engine(job: Job, parameters: _Parameters) -> str:
     engine, field = name(job.engine, "engine"), "engine"
     if engine is None:
@@ -199,23 +141,8 @@ def _engine(job: Job, parameters: _Parameters) -> str:
     raise refused(field, engine, "must be one of auto, ffmpeg, gstreamer")
 
 
-def _streaming(parameters: _Parameters) -> bool:
-    field = "parameters.output_mode"
-    mode = name(parameters.get("output_mode"), field)
-    if mode not in (None, "file", *_STREAM_MODES):
-        raise refused(field, mode, "must be one of file, rtmp, stream")
-    return mode in _STREAM_MODES
-
-
-def _first(parameters: _Parameters, *fields: str) -> tuple[str, object]:
-    for field in fields:
-        if parameters.get(field) is not None:
-            return f"parameters.{field}", parameters[field]
-    return f"parameters.{fields[0]}", None
-
-
 def _duration(parameters: _Parameters) -> float | None:
-    field, value = _first(parameters, "duration", "duration_seconds")
+    field, value = first_of(parameters, "duration", "duration_seconds")
     if value is None:
         return None
     seconds = number(value, field, 0, MAX_DURATION_SEC, " seconds")
@@ -231,10 +158,11 @@ def _source(
     duration: float | None,
     generate_input: bool,
     longest: float,
+    policy: Policy,
 ) -> GeneratedInput | FileInput | UrlInput:
     value = string(parameters.get("input"), "parameters.input")
     if value is not None:
-        return read_input(value)
+        return read_input(value, policy)
     if not generate_input:
         raise refused("parameters.input", None, "must be given: this node generates no inputs")
     width, height = _size(parameters, scenario)
@@ -286,7 +214,7 @@ def _side(value: object, field: str) -> int:
 
 
 def _asked_frame_rate(parameters: _Parameters) -> float | None:
-    field, value = _first(parameters, "frame_rate", "fps")
+    field, value = first_of(parameters, "frame_rate", "fps")
     return None if value is None else number(value, field, 1, MAX_FPS, " frames per second")
 
 
@@ -304,9 +232,12 @@ def _encoder(
     return encoder
 
 
-def _output(parameters: _Parameters, source: object) -> tuple[Path | None, str]:
-    value = string(parameters.get("output"), "parameters.output")
-    return (None, DEFAULT_MUXER) if value is None else read_output(value, source)
+def _output(parameters: _Parameters, source: object, policy: Policy) -> tuple[Path | None, str]:
+    field = "parameters.output"
+    value = string(parameters.get("output"), field)
+    if "file" not in policy.output_protocols:
+        raise refused(field, value, "files are not allowed here (OUTPUT_PROTOCOLS)")
+    return (None, DEFAULT_MUXER) if value is None else read_output(value, source, policy)
 
 
 def _bitrate(value: object) -> int:
@@ -350,7 +281,7 @@ def _hwaccel(parameters: _Parameters, capabilities: Capabilities) -> str | None:
 
 
 def _unknown(parameters: _Parameters) -> list[str]:
-    names = sorted(str(field) for field in parameters if field not in _KNOWN)
+    names = sorted(str(field) for field in parameters if field not in KNOWN_PARAMETERS)
     if not names:
         return []
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""

@@ -10,8 +10,8 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from worker.jobs.judge import UsageLike
+from worker.jobs.labels import parse_labels
 from worker.jobs.outcome import Outcome, error_text
-from worker.jobs.parse import parse_labels
 from worker.jobs.probe import Media
 from worker.jobs.progress import Progress
 from worker.jobs.sla import Sla, sla
@@ -66,6 +66,8 @@ class JobRun:
     """None if the input was given."""
     command: tuple[str, ...] = ()
     """Of the transcode."""
+    limits_changed: str = ""
+    """Limits that somebody else changed while it ran, for people; empty: none."""
     log_tail: str = ""
     """What ffmpeg said, in whole lines; no more than fits into memory with ease."""
 
@@ -205,6 +207,7 @@ def _analysis(run: JobRun, outcome: Outcome) -> dict[str, Any]:
     if spec is not None:
         analysis |= {
             "limits": _known(asdict(spec.limits)),
+            "limits_changed": run.limits_changed or None,
             "encoder": spec.encoder,
             "preset": spec.preset,
             "container": spec.muxer,

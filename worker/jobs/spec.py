@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from worker.jobs.encoders import is_hardware
 from worker.systemd.launch import DeviceLimit
 
 
@@ -56,6 +57,8 @@ class FileInput:
 class UrlInput:
     url: str
     scheme: str
+    further: tuple[str, ...] = ()
+    """Schemes that its server may lead to, besides its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +102,13 @@ class JobSpec:
     limits: Limits
     notes: tuple[str, ...] = ()
     """For the log: limits that were lowered, parameters that were ignored."""
+
+    @property
+    def network_needed(self) -> bool:
+        """Whether the job itself reads from a network or writes to one."""
+        return isinstance(self.source, UrlInput) or isinstance(self.output, StreamOutput)
+
+    @property
+    def gpu_needed(self) -> bool:
+        """Whether the job itself needs the devices of a GPU."""
+        return self.hwaccel is not None or is_hardware(self.encoder)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from worker.errors import JobError, Reason
+from worker.jobs import rtmp
 from worker.jobs.encoders import codec_of
 from worker.jobs.probe import NO_VIDEO, Media, expected_seconds, fault
 from worker.jobs.progress import LogFacts, Progress
 from worker.jobs.spec import GeneratedInput, JobSpec, StreamOutput
 from worker.jobs.text import is_url, url_scheme
+from worker.jobs.urls import read_url
 from worker.jobs.values import refused
 
 MUXER = "flv"  # RTMP carries nothing else
@@ -21,17 +23,10 @@ CODEC = "h264"
 """The only codec of today's encoders that ffmpeg 5.1 puts into flv."""
 PORT = 1935
 APPLICATION = "live"
-SCHEMES = ("rtmp", "rtmps")
+SCHEMES = rtmp.SCHEMES
 
-# ffmpeg 5.1 copies the parts of an RTMP URL into buffers of its own (rtmpproto.c) and cuts off
-# what does not fit without a word: 1024 bytes for path and query, 256 for the host, 100 for the
-# credentials, 512 for the stream's name.
-_MAX_PATH = 1000
-_MAX_HOST = 255
-_MAX_CREDENTIALS = 99
 _MAX_NAME = 500
 _MAX_KEY = 256
-_BLANK = re.compile(r"\s")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SAID = "Server error: "
 _SHARE, _SECONDS = 0.9, 2.0
@@ -44,7 +39,9 @@ class Target:
     """For the log: what was ignored."""
 
 
-def read_target(parameters: Mapping[str, Any], job_id: str, host: str) -> Target:
+def read_target(
+    parameters: Mapping[str, Any], job_id: str, host: str, allowed: Collection[str] = SCHEMES
+) -> Target:
     """Where a stream goes. ``host`` is the master's, empty where there is none.
 
     ``rtmp_url`` is taken as it is. A ``stream_key`` is appended to it where it names an
@@ -67,6 +64,8 @@ def read_target(parameters: Mapping[str, Any], job_id: str, host: str) -> Target
         elif key is not None:
             place, question, query = url.partition("?")
             url = _checked(f"{place.rstrip('/')}/{key}{question}{query}")
+    if (scheme := url_scheme(url)) not in allowed:
+        raise _wrong("rtmp_url", f"{scheme} is not allowed here (OUTPUT_PROTOCOLS)")
     return Target(StreamOutput(url), tuple(notes))
 
 
@@ -128,8 +127,9 @@ def without_key(log: str, url: str) -> str:
     URLs are redacted elsewhere; a server may tell the bare key ("stream KEY is in use").
     """
     place, _, query = url.partition("?")
-    key = place.rstrip("/").rpartition("/")[2]
-    secrets = sorted({key, unquote(key), query, unquote(query)} - {""}, key=len, reverse=True)
+    last, name = place.rstrip("/").rpartition("/")[2], rtmp.split(place).name
+    words = {last, name, query}
+    secrets = sorted(words.union(map(unquote, words)) - {""}, key=len, reverse=True)
     lines = log.split("\n")
     for number, line in enumerate(lines):
         head, mark, said = line.partition(_SAID)
@@ -198,27 +198,19 @@ def _checked(value: str) -> str:
     """``value``, its scheme in small letters, if ffmpeg and a server can make sense of it."""
     field = "rtmp_url"
     accepted = f"must be a URL of the scheme {' or '.join(SCHEMES)}, e.g. rtmp://host/app/key"
-    if _BLANK.search(value) or _CONTROL.search(value):
-        raise _wrong(field, "must not contain blanks or control characters")
-    if not is_url(value) or url_scheme(value) not in SCHEMES:
+    if not is_url(value) or value.partition(":")[0].lower() not in SCHEMES:
         raise _wrong(field, accepted)
     try:
-        url = urlsplit(value)
-        host, port_is_fine = url.hostname, url.port is None or url.port > 0
-    except ValueError:
-        raise _wrong(field, f"is no valid URL; it {accepted}") from None
-    if not host or not port_is_fine:
+        url = read_url(value)
+    except ValueError as error:
+        raise _wrong(field, str(error)) from None
+    if not url.host:
         raise _wrong(field, "the URL names no host")
-    path = _path(value)
-    place = path.partition("?")[0]
-    if not place.strip("/"):
+    stream = rtmp.split(str(url))
+    if not url.rest.startswith("/") or not stream.application.strip("/"):
         raise _wrong(field, "the URL names no application; it is rtmp://host/app/key")
-    if len(path.encode()) > _MAX_PATH or len(place.rpartition("/")[2].encode()) > _MAX_NAME:
-        raise _wrong(
-            field,
-            f"the path must have at most {_MAX_PATH} bytes, and the stream's name {_MAX_NAME}",
-        )
-    credentials = url.netloc.rpartition("@")[0]
-    if len(host.encode()) > _MAX_HOST or len(credentials.encode()) > _MAX_CREDENTIALS:
-        raise _wrong(field, "the host or the credentials are too long")
-    return url_scheme(value) + value[value.index(":") :]
+    if len(stream.application.encode()) > rtmp.MAX_APPLICATION:
+        raise _wrong(field, f"the application must have at most {rtmp.MAX_APPLICATION} bytes")
+    if len(stream.name.encode()) > rtmp.MAX_NAME:
+        raise _wrong(field, f"the stream's name and query must have at most {rtmp.MAX_NAME} bytes")
+    return str(url)

@@ -8,9 +8,18 @@ from urllib.parse import urlsplit
 from worker.printable import escape
 
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
-# Up to the next blank, for a password or a key may hold anything else; marks that end a phrase
-# are not taken for a part of the URL.
-_URL = re.compile(r"\b[a-zA-Z][a-zA-Z0-9+.-]*://\S+?(?=['\"),;:]*(?:\s|$))")
+# Up to the next blank, for a password or a key may hold anything else. What stands before the
+# scheme is no part of it, a letter from another script or a digit least of all. Nothing here may
+# take more than linear time, whatever the text.
+_URL = re.compile(r"(?<![a-zA-Z0-9+.-])[a-zA-Z0-9+.-]+://\S+")
+_PHRASE_ENDS = "'\"),;:"
+"""Marks that are not taken for a part of the URL that they follow."""
+_URL_BEGINS = re.compile(r"(?<![a-zA-Z0-9+.-])[a-zA-Z0-9+.-]*://")
+_URL_LIKE = re.compile(r"[^/]{0,40}:")
+"""What may have been meant for one: in an error, a password with a slip before it stays secret."""
+_MOST = 4096
+"""Characters of a value that are looked at to show some of them."""
+_PLAIN_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]*\]|[^:\[\]]*)(?::[0-9]*)?", re.A)
 _REQUEUE = re.compile(
     r"connection refused|timeout|temporary failure|network error|no such host|broken pipe"
     r"|connection reset|node unavailable|worker died|stale",
@@ -37,7 +46,11 @@ def plain(line: str, limit: int = 300) -> str:
 def shown(value: object, limit: int = 60) -> str:
     """``value`` for an error sentence. Never raises, never long, never a secret of a URL."""
     if isinstance(value, str):
-        text = redact(value) if "://" in value else value
+        value = value[:_MOST]
+        # From a scheme on, all is one URL, even with blanks in it, which a password may have.
+        found = _URL_LIKE.match(value) or _URL_BEGINS.search(value)
+        start = found.start() if found else len(value)
+        text = value[:start] + (_redact_url(value[start:]) if found else "")
         return shortened(repr(escape(shortened(text, limit))), limit + 4)
     if value is None or isinstance(value, bool | float):
         return repr(value)
@@ -54,29 +67,41 @@ def shown(value: object, limit: int = 60) -> str:
 def redact(text: str) -> str:
     """``text`` with what is secret in URLs replaced by ``***``.
 
-    That is: user and password, the query (tokens, SRT passphrases), the fragment, and the last
-    element of an RTMP path, which is the stream key.
+    That is: user and password, the query (tokens, SRT passphrases), the fragment, and all of an
+    RTMP path but its first element, since the stream key is in there.
     """
-    return _URL.sub(lambda m: _redact_url(m[0]), text)
+    return _URL.sub(_redact_match, text)
+
+
+def _redact_match(match: re.Match[str]) -> str:
+    url = match[0].rstrip(_PHRASE_ENDS)
+    return _redact_url(url) + match[0][len(url) :]
 
 
 def _redact_url(url: str) -> str:
     # By hand rather than with urlsplit alone: what is no valid URL must be redacted as well.
-    scheme, _, rest = url.partition("://")
+    scheme, colon, rest = url.partition(":")
+    slashes = rest[: len(rest) - len(rest.lstrip("/"))][:2]
+    rest = rest[len(slashes) :]
     rest, has_fragment, _ = rest.partition("#")
     rest, has_query, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
+    if "@" not in authority and (
+        not _PLAIN_AUTHORITY.fullmatch(authority) or (not slash and "@" in url)
+    ):
+        # Perhaps a password with # or ? in it, or one without its @: nothing of it is shown.
+        authority = "***"
     if "@" in path and "@" not in authority:
         # A password may hold a slash: everything up to the last @ is taken for credentials.
         authority, path = "***@" + path.rpartition("@")[2].partition("/")[0], ""
     elif "@" in authority:
         authority = "***@" + authority.rpartition("@")[2]
-    if scheme.lower() in _STREAM_SCHEMES and path:
-        app, _, _key = path.rstrip("/").rpartition("/")
-        # "rtmp://host/app" alone has no key; one element is then still no secret.
-        path = f"{app}/***" if app else path
+    if scheme.lstrip("0123456789+.-").lower() in _STREAM_SCHEMES and path:
+        # "rtmp://host/app" alone has no key. What follows is one, or might be meant for one.
+        app, more, _ = path.rstrip("/").partition("/")
+        path = f"{app}/***" if more else path
     tail = ("?***" if has_query and query else "") + ("#***" if has_fragment else "")
-    return f"{scheme}://{authority}{slash}{path}{tail}"
+    return f"{scheme}{colon}{slashes}{authority}{slash}{path}{tail}"
 
 
 def without_requeue_words(text: str) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import NoReturn
 
 import httpx
@@ -22,25 +24,39 @@ from worker.errors import (
     NodeUnknown,
     Unauthorized,
 )
+from worker.jobs.text import redact
+from worker.master import listing
+from worker.printable import blotter, is_plain
 
 LONGEST_RETRY_AFTER = 3600.0
 """Seconds. A master that asks for more patience than this is asked again after an hour."""
 
+MOST_VALUES = 50_000
+"""In an answer. Lists in lists take 50 bytes for each byte of their text."""
+
 _EXCERPT = 200
 _LOOKED_AT = 4096
-_DEEPEST = 64
+_HALF_A_KEY = 1024
+"""Characters at the place of a cut that are not shown: a key that is cut is not recognised."""
+_LONGEST_DATE = 100
+_VALUES = (b",", b"[", b"{")
+_VALUE_OR_TEXT = re.compile(rb'[,\[{]|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A complete answer. ``peer`` is the master's host:port, ``request`` names the request."""
+    """A complete answer. ``peer`` is the master's host:port, ``request`` names the request.
+
+    Its representation shows neither the body nor the key.
+    """
 
     peer: str
     request: str
     status: int
-    headers: httpx.Headers
-    body: bytes
-    secret: str | None
+    headers: httpx.Headers = field(repr=False)
+    body: bytes | bytearray = field(repr=False)
+    secret: str | None = field(repr=False)
+    location: str = field(default="", repr=False)
 
     @property
     def ok(self) -> bool:
@@ -48,17 +64,42 @@ class Answer:
         return 200 <= self.status < 300
 
     def excerpt(self) -> str:
-        """The beginning of the body, escaped, without the API key."""
-        return quotable(self.body[:_LOOKED_AT].decode("utf-8", "replace"), self.secret)
+        """The beginning of the body, escaped, without the API key.
+
+        Of a success that looks like JSON nothing is shown: it may be a job, with stream keys.
+        """
+        if self.ok and self.body[:_LOOKED_AT].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
+            return f"{len(self.body)} bytes"
+        return quotable(self.body[: 4 * _LOOKED_AT].decode("utf-8", "replace"), self.secret)
 
     def json(self) -> object:
         """The body as JSON. Raises MasterRefused."""
+        if _too_many_values(self.body):
+            self.refuse(f"holds more than {MOST_VALUES} values")
         try:
-            return json.loads(self.body, parse_constant=_no_constant)
+            return _read(self.body)
         except RecursionError:
             self.refuse("is nested too deeply")
         except ValueError:
             self.refuse("is no JSON")
+
+    def elements(self, name: str) -> Iterator[object]:
+        """The objects of a list that may be long, one after the other; see ``listing``.
+
+        What is no JSON, or too large, is left out. None comes in between, where the caller
+        should let others work. Raises MasterRefused.
+        """
+        try:
+            for text in listing.elements(self.body, name):
+                if text is None or _too_many_values(text):
+                    yield None
+                    continue
+                try:
+                    yield _read(text)
+                except (ValueError, RecursionError):
+                    continue
+        except listing.NoList as error:
+            self.refuse(str(error))
 
     def refuse(self, what: str) -> NoReturn:
         """Raise MasterRefused: the answer is not what the protocol has there."""
@@ -105,7 +146,7 @@ def check(answer: Answer) -> None:
             raise JobUnknown(message, status, said, after)
         message += "; is MASTER_URL right?"
     elif 300 <= status < 400:
-        target = quotable(answer.headers.get("location", ""), answer.secret)
+        target = quotable(answer.location, answer.secret)
         message += f"; it redirects to {target!r}, which is not followed: correct MASTER_URL"
     raise MasterRefused(message, status, said, after)
 
@@ -116,39 +157,46 @@ def retry_after(headers: httpx.Headers) -> float | None:
     A date is compared with the answer's own Date where it has one, so that two clocks that
     disagree do no harm.
     """
-    value = headers.get("retry-after", "").strip()
+    value = headers.get("retry-after", "")[:_LONGEST_DATE].strip()
     if re.fullmatch(r"[0-9]+", value):
         return min(float(value[:12]), LONGEST_RETRY_AFTER)
     until = _http_date(value)
     if until is None:
         return None
-    now = _http_date(headers.get("date", "")) or datetime.now(UTC)
+    now = _http_date(headers.get("date", "")[:_LONGEST_DATE]) or datetime.now(UTC)
     return min(max((until - now).total_seconds(), 0.0), LONGEST_RETRY_AFTER)
 
 
 def quotable(text: str, secret: str | None = None) -> str:
-    """``text`` on one line, without anything unprintable, cut, and with the key blotted out."""
-    if secret:
-        text = text.replace(secret, "***")
-    text = "".join(c if c.isprintable() else " " for c in text)
-    text = " ".join(text.split())
+    """``text`` on one line, cut, with nothing that cannot be seen, the API key, or a URL's keys."""
+    cut = len(text) > _LOOKED_AT
+    text = _blotter(secret)(text[:_LOOKED_AT])
+    if cut:
+        text = text[:-_HALF_A_KEY]
+    text = "".join(c if is_plain(c) else " " for c in text)
+    text = redact(" ".join(text.split()))
     return text if len(text) <= _EXCERPT else text[: _EXCERPT - 1] + "…"
 
 
-def deeper_than(value: object, levels: int = _DEEPEST) -> bool:
-    """Whether JSON data is nested more than ``levels`` deep, found without recursion."""
-    layer = [value]
-    for _ in range(levels + 1):
-        below: list[object] = []
-        for item in layer:
-            if isinstance(item, dict):
-                below.extend(item.values())
-            elif isinstance(item, list):
-                below.extend(item)
-        if not below:
-            return False
-        layer = below
-    return True
+@lru_cache(maxsize=8)
+def _blotter(secret: str | None) -> Callable[[str], str]:
+    return blotter([secret] if secret else [], "***")
+
+
+def _too_many_values(text: bytes | bytearray) -> bool:
+    if sum(map(text.count, _VALUES)) <= MOST_VALUES:
+        return False
+    values = 0  # those within texts do not count, and telling them apart takes longer
+    for match in _VALUE_OR_TEXT.finditer(text):
+        values += text[match.start()] != ord('"')
+        if values > MOST_VALUES:
+            return True
+    return False
+
+
+def _read(text: bytes | bytearray) -> object:
+    """JSON as RFC 8259 has it: in UTF-8, without NaN. Raises ValueError, RecursionError."""
+    return json.loads(text.decode("utf-8-sig"), parse_constant=_no_constant)
 
 
 def _misses(answer: Answer, noun: str) -> bool:

@@ -12,7 +12,7 @@ import logging
 import re
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,10 +22,19 @@ import httpx
 from pydantic import ValidationError
 
 from worker.errors import ConfigError, JobUnknown, MasterRefused, MasterUnreachable, Unauthorized
-from worker.master.answers import Answer, check, deeper_than, quotable
+from worker.master.answers import Answer, check, quotable
 from worker.master.outages import unreachable
+from worker.master.reception import NoCookies, compressed, put_location_aside, read
 from worker.master.tls import Renewal, client_context
-from worker.master.wire import Job, JobResult, Node, NodeRegistration, ResultAnswer, encode
+from worker.master.wire import (
+    Job,
+    JobResult,
+    Node,
+    NodeRegistration,
+    ResultAnswer,
+    bounded,
+    encode,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +42,8 @@ logger = logging.getLogger(__name__)
 # searches its path every time: a tenth of the agent's CPU. This entry makes the search short.
 sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]
 
-MOST_BYTES = 8 * 1024 * 1024
-MOST_BYTES_OF_A_LIST = 64 * 1024 * 1024
+MOST_BYTES = 1024 * 1024
+MOST_BYTES_OF_A_LIST = 32 * 1024 * 1024
 
 NO_SUCH_ROUTE = frozenset({404, 405, 501})
 """Status of a MasterRefused (not JobUnknown) where a master lacks the route altogether."""
@@ -102,6 +111,8 @@ class MasterClient:
             transport=transport,
             trust_env=False,
             follow_redirects=False,
+            cookies=NoCookies(),
+            event_hooks={"response": [put_location_aside]},
             timeout=httpx.Timeout(timeout, connect=connect_timeout),
             # The master closes connections that were idle for 120 s; be first.
             limits=httpx.Limits(max_connections=16, keepalive_expiry=90.0),
@@ -163,7 +174,7 @@ class MasterClient:
         if job is None:
             logger.error(
                 "the master at %s handed out a job without a usable id, which can be neither "
-                "run nor reported: %s", self.peer, answer.excerpt(),
+                "run nor reported", self.peer,
             )  # fmt: skip
             answer.refuse("is no job with an id")
         return job
@@ -194,18 +205,26 @@ class MasterClient:
                     return found
         return await self._job_in_list(job, unknown)
 
-    async def jobs(self) -> list[Job]:
-        """All jobs the master remembers; those without a usable id are left out."""
+    async def jobs(
+        self, wanted: Callable[[Job], bool] = lambda job: True, *, most: int = 100
+    ) -> list[Job]:
+        """Of the jobs that the master remembers the first ones that are wanted.
+
+        Those without a usable id are left out. There may be any number of them, so it is not
+        them all that are kept.
+        """
         async with self._about_jobs:
             answer = await self._ask("GET", "/jobs", limit=MOST_BYTES_OF_A_LIST)
-        data = answer.json()
-        if isinstance(data, dict) and "jobs" in data:
-            data = data["jobs"]
-        if data is None:
-            return []
-        if not isinstance(data, list):
-            answer.refuse("is no list of jobs")
-        return [job for job in map(_job, data) if job is not None]
+        found: list[Job] = []
+        for data in answer.elements("jobs"):
+            job = _job(data)
+            if job is None:
+                await asyncio.sleep(0)
+            elif wanted(job):
+                found.append(job)
+                if len(found) == most:
+                    break
+        return found
 
     async def post_result(self, result: JobResult) -> ResultAnswer:
         """Report what became of a job, once. See :mod:`worker.master.delivery` for safety."""
@@ -220,16 +239,16 @@ class MasterClient:
 
     async def _job_in_list(self, job: Job, unknown: JobUnknown | None) -> Job:
         try:
-            found = next((other for other in await self.jobs() if other.id == job.id), None)
+            found = await self.jobs(lambda other: other.id == job.id, most=1)
         except MasterRefused as error:
             if unknown is not None and error.status in NO_SUCH_ROUTE:
                 raise unknown from None
             raise
-        if found is None:
+        if not found:
             raise unknown or JobUnknown(
                 f"the master at {self.peer} has no job {quotable(job.id)}", 404
             )
-        return found
+        return found[0]
 
     async def _ask(
         self,
@@ -258,7 +277,8 @@ class MasterClient:
                     request=name,
                     status=response.status_code,
                     headers=response.headers,
-                    body=await _read(response, limit),
+                    location=response.extensions.get("location", ""),
+                    body=await read(response, limit),
                     secret=self._api_key,
                 )
         except TimeoutError as error:
@@ -270,7 +290,7 @@ class MasterClient:
                 self._renewal.look()
             # An alert of TLS 1.3 comes after the handshake, as an ssl.SSLError of its own.
             raise unreachable(error, self.peer, tls=self._base.startswith("https")) from error
-        if _compressed(response):
+        if compressed(response):
             answer.refuse("is compressed, which was not asked for")
         if len(answer.body) > limit:
             answer.refuse(f"is longer than {limit} bytes")
@@ -279,36 +299,16 @@ class MasterClient:
         return answer
 
 
-async def _read(response: httpx.Response, limit: int) -> bytes:
-    """The body, or a bit more than ``limit`` bytes of it.
-
-    Nothing is unpacked: a few bytes can unpack to gigabytes.
-    """
-    body = bytearray()
-    if _compressed(response):
-        return b""
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > limit:
-            break
-    return bytes(body)
-
-
-def _compressed(response: httpx.Response) -> bool:
-    encoding: str = response.headers.get("content-encoding", "identity")
-    return encoding.strip().lower() != "identity"
-
-
 def _job(data: object) -> Job | None:
     """A job, if it can be named when it is reported."""
-    if not isinstance(data, Mapping) or deeper_than(data):
+    if not isinstance(data, Mapping):
         return None
     try:
         job = Job.model_validate(data)
         job.id.encode()
     except (ValidationError, UnicodeEncodeError):
         return None
-    return job
+    return bounded(job)
 
 
 def _segment(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import httpx
 
-from worker.errors import MasterUnreachable
+from worker.errors import MasterError, MasterRefused, MasterUnreachable, Unauthorized
 
 # In these cases not a byte of the request has left; in all others nobody can know.
 _NEVER_SENT = (
@@ -18,6 +18,7 @@ _NEVER_SENT = (
     httpx.UnsupportedProtocol,
 )
 
+_LONGEST_REASON = 100
 _VERIFY_HOSTNAME = 62  # X509_V_ERR_HOSTNAME_MISMATCH
 _VERIFY_ADDRESS = 64  # X509_V_ERR_IP_ADDRESS_MISMATCH
 _VERIFY_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED; see openssl-verification-options(1)
@@ -25,7 +26,10 @@ _VERIFY_NOT_YET = 9  # X509_V_ERR_CERT_NOT_YET_VALID
 
 
 def unreachable(error: httpx.RequestError | OSError, peer: str, *, tls: bool) -> MasterUnreachable:
-    """The error to raise in place of httpx's. ``peer`` is the master's host:port."""
+    """The error to raise in place of httpx's. ``peer`` is the master's host:port.
+
+    Nothing that the master sent is in it.
+    """
     cause = _cause(error)
     if tls and any(isinstance(e, ConnectionResetError) for e in _dig(error)):
         # TLS 1.3 refuses a client after the client's handshake is over, and the alert that
@@ -35,6 +39,18 @@ def unreachable(error: httpx.RequestError | OSError, peer: str, *, tls: bool) ->
         f"no answer from the master at {peer}: {cause}",
         sent=not isinstance(error, _NEVER_SENT),
     )
+
+
+def in_our_words(error: MasterError, peer: str) -> str:
+    """What an error means, without a word of the master's: a whole network may read /ready."""
+    if isinstance(error, Unauthorized):
+        return f"the master at {peer} refused the API key ({error.status}); check MASTER_API_KEY"
+    if isinstance(error, MasterRefused):
+        return (
+            f"the master at {peer} did not answer as it should (status {error.status}); the "
+            "worker's log has what it said"
+        )
+    return str(error)
 
 
 def _cause(error: Exception) -> str:
@@ -55,7 +71,9 @@ def _cause(error: Exception) -> str:
         case httpx.TimeoutException():
             return "it accepted the connection, but took too long to answer"
         case httpx.RemoteProtocolError():
-            return f"the connection broke, or it does not speak HTTP ({error})"
+            # What follows the colon is what the master sent, as long as that is.
+            what = str(error).partition(":")[0]
+            return f"the connection broke, or it does not speak HTTP ({what[:_LONGEST_REASON]})"
     for cause in buried:
         if isinstance(cause, ConnectionRefusedError):
             return "connection refused; is the master running, and is the port right?"

@@ -8,6 +8,7 @@ the id is never taken for granted, and a silence longer than that ends in a regi
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 import time
@@ -23,6 +24,7 @@ from worker.errors import (
 )
 from worker.master.answers import quotable
 from worker.master.client import NO_SUCH_ROUTE, MasterClient
+from worker.master.outages import in_our_words
 from worker.master.retry import Backoff, Throttle, Uniform
 from worker.master.wire import Job, NodeRegistration
 
@@ -41,8 +43,15 @@ does not hear of us for DEAD_AFTER runs our jobs a second time."""
 MOST_TAKEN = 10_000
 """Acceptances that are remembered, so that none is taken for one never heard of."""
 
+MOST_NODE_IDS = 20
+"""Ids under which a master may have known us that are remembered; the last ones."""
+
 LIST_PATIENCE = 60.0
 """Seconds between two looks at the master's list of jobs, where it cannot be had."""
+COSTLY = 0.1
+"""Seconds of CPU time for a look at the list; one that takes more is not repeated at once."""
+CPU_SHARE = 0.02
+"""Of one core, which such looks may cost at most."""
 
 
 class NodeSession:
@@ -93,21 +102,22 @@ class NodeSession:
         self._complaint = Throttle(clock=clock)
         self._job_complaint = Throttle(clock=clock)
         self._complained = False
-        self._taken: dict[tuple[str, int], None] = {}
+        self._taken: dict[bytes, None] = {}
         self._registrations = 0
         self._in_doubt = in_doubt
         self._list_due = 0.0
         self.node_id: str | None = None
         """The id that the master gave us last; it may have forgotten it, see ``registered``."""
         self._on_registered = on_registered
-        self.node_ids: set[str] = set(node_ids)
-        """All ids it has given us: jobs may be held under an earlier one."""
+        self.node_ids: list[str] = [*node_ids][-MOST_NODE_IDS:]
+        """The last ids it has given us: jobs may be held under an earlier one."""
         self.registered = False
         """Whether the master knows us, as far as its last answer tells."""
         self.last_heartbeat_at: float | None = None
         """When the master last heard of us and said so (registering counts), on ``clock``."""
         self.last_error = ""
-        """What went wrong last; empty as soon as the master answers well again."""
+        """What went wrong last, in none of the master's words; empty as soon as it answers well
+        again."""
 
     async def register(self) -> str:
         """Our node id; registers first if need be, for as long as that takes."""
@@ -163,7 +173,7 @@ class NodeSession:
 
     def remember(self, job: Job) -> None:
         """This acceptance is known here: it is not to be recovered as one never heard of."""
-        self._taken[job.id, job.retry_count] = None
+        self._taken[_acceptance(job)] = None
         if len(self._taken) > MOST_TAKEN:
             del self._taken[next(iter(self._taken))]
 
@@ -194,8 +204,9 @@ class NodeSession:
     async def _lost_in_transit(self, held: Collection[str]) -> Job | None:
         if self._clock() < self._list_due:
             return None
+        begun = time.thread_time()
         try:
-            jobs = await self._client.jobs()
+            jobs = await self._client.jobs(lambda job: self._never_heard_of(job, held), most=1)
         except Unauthorized:
             raise
         except MasterRefused as error:
@@ -206,13 +217,9 @@ class NodeSession:
                 self._list_due = self._clock() + LIST_PATIENCE
                 logger.warning("jobs lost on the way to us cannot be looked for: %s", error)
             return None
+        if (cost := time.thread_time() - begun) > COSTLY:
+            self._list_due = self._clock() + cost / CPU_SHARE
         for job in jobs:
-            if job.node_id not in self.node_ids or job.status not in HANDED_OUT:
-                continue
-            if job.id in held or self._run_by_others(job.id):
-                continue
-            if (job.id, job.retry_count) in self._taken:
-                continue  # it was run, and the master did not want its result
             logger.warning(
                 "job %s was handed to us in an answer that did not arrive; taken up now",
                 quotable(job.id),
@@ -220,6 +227,14 @@ class NodeSession:
             return job
         self._in_doubt = False
         return None
+
+    def _never_heard_of(self, job: Job, held: Collection[str]) -> bool:
+        """Whether the master takes the job for running here, and it is not."""
+        if job.node_id not in self.node_ids or job.status not in HANDED_OUT or job.id in held:
+            return False
+        if _acceptance(job) in self._taken:
+            return False  # it was run, and the master did not want its result
+        return not self._run_by_others(job.id)
 
     async def _forgotten(self, node_id: str, error: MasterRefused) -> bool:
         """Whether the master refused a job because it does not know this node."""
@@ -282,7 +297,8 @@ class NodeSession:
                 break
             await self._sleep(wait)
         self.node_id = node.id
-        self.node_ids.add(node.id)
+        self.node_ids[:] = [*(name for name in self.node_ids if name != node.id), node.id]
+        del self.node_ids[:-MOST_NODE_IDS]
         if self._on_registered is not None:
             await self._on_registered(node.id)
         self.registered = True
@@ -314,7 +330,7 @@ class NodeSession:
 
     def _failed(self, what: str, error: MasterError, complaint: Throttle) -> None:
         """Say so at once, and then less and less often."""
-        self.last_error = str(error)
+        self.last_error = in_our_words(error, self._client.peer)
         if self._on_answer is not None:
             self._on_answer(False)
         level = logging.ERROR if isinstance(error, Unauthorized) else logging.WARNING
@@ -325,3 +341,8 @@ class NodeSession:
     def _slow(self) -> Backoff:
         """30 s rising to 5 min: asking again soon does not mend a key."""
         return Backoff(30.0, 270.0, floor=30.0, uniform=self._uniform)
+
+
+def _acceptance(job: Job) -> bytes:
+    """Names an acceptance in few bytes: ids can be long, and many are remembered."""
+    return hashlib.sha256(f"{job.retry_count} {job.id}".encode()).digest()[:16]

@@ -35,6 +35,8 @@ def client_context(
         raise ConfigError(f"--key {key}: a key needs its certificate too; set --cert")
     context = ssl.create_default_context() if ca is None else _trusting(ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A name counts only where certificates have names (RFC 9525, 6.3).
+    context.hostname_checks_common_name = False
     if cert is not None:
         _load_client_certificate(context, cert, key)
     if insecure:

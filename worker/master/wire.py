@@ -18,17 +18,31 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 _DATETIME: TypeAdapter[datetime] = TypeAdapter(datetime)
 
 
+MOST_CHARACTERS = 128 * 1024
+"""In all that decides how a job is run, names of fields included."""
+MOST_PARTS = 4_000
+"""Values in it. With both, a job takes less than a megabyte of memory, and a hundred may wait."""
+DEEPEST = 64
+_LONGEST_TEXT = 1024
+_LARGEST_COUNT = 2**53
+"""From here on JSON's numbers are no longer told apart by every program (RFC 8259, 6)."""
+
+
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    return value[:_LONGEST_TEXT].encode("utf-8", "replace").decode()
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value <= _LARGEST_COUNT else None
 
 
 def _time(value: object) -> datetime | None:
     """Go's RFC 3339 with 0 to 9 fractional digits; its zero time and anything else are None."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > _LONGEST_TEXT:
         return None
     try:
         time = _DATETIME.validate_python(value)
@@ -66,6 +80,50 @@ class Job(BaseModel):
     wrapper_constraints: Any = None
     queue: Any = None
     priority: Any = None
+
+
+_JUDGED = (
+    "scenario", "engine", "classification", "parameters", "resource_limits",
+    "wrapper_constraints", "queue", "priority",
+)  # fmt: skip
+
+
+def bounded(job: Job) -> Job:
+    """The job, or one in its place that can only fail, if it is too large to be kept.
+
+    Its parameters are then a sentence that says so, which no job can be run with.
+    """
+    trouble = _too_much([getattr(job, name) for name in _JUDGED])
+    if not trouble:
+        return job
+    return job.model_copy(update={**dict.fromkeys(_JUDGED), "scenario": "", "parameters": trouble})
+
+
+def _too_much(value: object) -> str:
+    """What there is too much of in JSON data, found without recursion; empty if nothing."""
+    parts = characters = 0
+    layer = [value]
+    for _ in range(DEEPEST + 1):
+        below: list[object] = []
+        for item in layer:
+            parts += 1
+            if isinstance(item, str):
+                characters += len(item)
+            elif isinstance(item, int):
+                characters += item.bit_length() // 3
+            elif isinstance(item, dict):
+                characters += sum(map(len, item))
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+            if parts + len(below) > MOST_PARTS:
+                return f"a job of more than {MOST_PARTS} values, too many for this node"
+        if characters > MOST_CHARACTERS:
+            return f"a job of more than {MOST_CHARACTERS} characters, too long for this node"
+        if not below:
+            return ""
+        layer = below
+    return f"a job nested more than {DEEPEST} levels deep, too deep for this node"
 
 
 class Node(BaseModel):

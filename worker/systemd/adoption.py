@@ -39,7 +39,7 @@ async def adopt(launcher: Launcher, launch: Launch, *, output_begin: int = 0) ->
     tracked = launcher.tracker.track(launch.unit)
     tracked.output_begin = output_begin
     try:
-        found = await _follow(launcher, tracked)
+        found = await _follow(launcher, tracked, launcher.control_group(launch))
     except BaseException:
         launcher.tracker.forget(tracked)
         raise
@@ -51,8 +51,11 @@ async def adopt(launcher: Launcher, launch: Launch, *, output_begin: int = 0) ->
     return Unit(launcher, launch, tracked)
 
 
-async def _follow(launcher: Launcher, tracked: Tracked) -> bool:
-    """Have the unit followed from where it is now. False if it is not loaded."""
+async def _follow(launcher: Launcher, tracked: Tracked, control_group: str) -> bool:
+    """Have the unit followed from where it is now. False if it is not loaded.
+
+    ``control_group`` is where its cgroup was, if it has ended: systemd does not tell it any more.
+    """
     state = await _place(launcher, tracked)
     if state.load_state == "not-found":
         return False
@@ -68,7 +71,8 @@ async def _follow(launcher: Launcher, tracked: Tracked) -> bool:
         if (await _place(launcher, tracked)).load_state != "not-found":
             raise
         # Gone since we looked first. What signals have told of its end is all there is.
-    tracked.live = _newer(tracked.live, state)
+    state = _newer(tracked.live, state)
+    tracked.live = replace(state, control_group=state.control_group or control_group)
     launcher.tracker.arm(tracked)
     return True
 

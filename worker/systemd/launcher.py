@@ -124,8 +124,7 @@ class Launcher:
         """
         if self.tracker.get(launch.unit) is not None:
             raise UnitExists(f"{launch.unit} was started before and is not reaped yet")
-        control_group = f"{self._manager_cgroup}{slice_cgroup(launch.slice)}/{launch.unit}"
-        tracked = self.tracker.track(launch.unit, control_group)
+        tracked = self.tracker.track(launch.unit, self.control_group(launch))
         self._field_files.unit_wanted(launch.unit)
         asked_usec = time.monotonic_ns() // 1000
         try:
@@ -147,6 +146,10 @@ class Launcher:
         if self.tracker.get(launch.unit) is not tracked:
             raise BusGone(f"{launch.unit}: the launcher was closed during the start")
         return Unit(self, launch, tracked)
+
+    def control_group(self, launch: Launch) -> str:
+        """Where the unit's cgroup is, or will be."""
+        return f"{self._manager_cgroup}{slice_cgroup(launch.slice)}/{launch.unit}"
 
     async def leftovers(self) -> list[str]:
         """Names of all loaded units of jobs, running or not."""

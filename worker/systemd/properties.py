@@ -75,6 +75,8 @@ def properties(
         _output(launch.stdout, version),
         # Without it, standard error goes where standard output goes.
         Property("StandardError", "s", "journal"),
+        # Else a line of the job could begin with "<0>", and be shown on every terminal.
+        Property("SyslogLevelPrefix", "b", False),
         Property("SyslogIdentifier", "s", launch.syslog_identifier, optional=True),
     ]
     if launch.sandbox is not None:

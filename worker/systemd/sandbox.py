@@ -37,13 +37,21 @@ _LINK_LOCAL = [
 ]
 _ANYWHERE = [[2, bytes(4), 0], [10, bytes(16), 0]]
 _EPERM = 1
+_OPEN_FILES = 1024
 _CALLS = ["@system-service"]
 _NO_CALLS = [
     *("@privileged", "@resources", "@keyring", "@debug"),
     # Large parts of the kernel that no job needs, and where its mistakes have been.
     *("io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd"),
     *("process_vm_readv", "process_vm_writev", "process_madvise"),
+    "socketpair",  # a file that is on its way in one is in no list of open files
 ]
+_CALLS_FOR_OTHERS = [
+    *("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"),
+    *("pidfd_open", "pidfd_send_signal", "prlimit64", "kcmp"),
+    *("shmget", "shmat", "shmctl", "semget", "semctl", "msgget", "msgctl", "mq_open", "mq_unlink"),
+]
+"""What one process does to another of the same uid. ffmpeg does without."""
 _EMPTY = "mode=0755,nodev,nosuid,noexec,size=1M,nr_inodes=4k,ro"
 _SHARED = "mode=1777,nodev,nosuid,noexec,size=64M"
 """Memory, so that it counts for the job's limit."""
@@ -123,6 +131,7 @@ def sandbox_properties(sandbox: Sandbox, *, user: bool = False) -> list[Property
         *_devices(sandbox),
         *_network(sandbox),
         *_kernel(sandbox),
+        *(_same_uid() if user else _own_ipc()),
     ]
 
 
@@ -165,7 +174,12 @@ def _files(sandbox: Sandbox) -> Iterator[Property]:
         ],
     )
     yield Property("ProtectSystem", "s", "strict")
-    yield Property("ProtectHome", "s", "yes")
+    # `+`: in the job's root, not the host's, see systemd.exec(5).
+    noexec = [f"+{place}" for place in (folder, *scratch)]
+    yield Property("NoExecPaths", "as", noexec, optional=True)
+    # `yes` would hide what the job has below these folders, too.
+    at_home = any(_below(place, ("/home", "/root", "/run/user")) for place in places)
+    yield Property("ProtectHome", "s", "tmpfs" if at_home else "yes")
     yield Property("PrivateTmp", "b", len(scratch) == len(_SCRATCH))
     yield Property("UMask", "u", 0o077)
 
@@ -200,6 +214,9 @@ def _kernel(sandbox: Sandbox) -> Iterator[Property]:
     yield Property("AmbientCapabilities", "t", 0)
     yield Property("RestrictNamespaces", "t", 0)
     yield Property("KeyringMode", "s", "private")
+    # As many files as any program may have open, and no more: each is looked for by diskwatch.py.
+    yield Property("LimitNOFILE", "t", _OPEN_FILES)
+    yield Property("LimitNOFILESoft", "t", _OPEN_FILES)
     # A crash must not fill the host's disk with what the job chose to have in its memory.
     yield Property("LimitCORE", "t", 0)
     yield Property("LimitCORESoft", "t", 0)
@@ -213,7 +230,16 @@ def _kernel(sandbox: Sandbox) -> Iterator[Property]:
     yield Property("ProtectClock", "b", True, optional=True)
     yield Property("ProtectProc", "s", "invisible", optional=True)
     yield Property("ProcSubset", "s", "pid", optional=True)
+
+
+def _own_ipc() -> Iterator[Property]:
     yield Property("PrivateIPC", "b", True, optional=True)
+
+
+def _same_uid() -> Iterator[Property]:
+    # Without PrivateIPC: what runs after the job has a user namespace of its own, cannot enter the
+    # job's IPC namespace from there, and fails (226) before it has recorded anything.
+    yield Property("SystemCallFilter", "(bas)", [False, _CALLS_FOR_OTHERS])
 
 
 def _same(path: str) -> list[object]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,6 +112,12 @@ class Unit:
                 f"{self.name} has not ended {limit:g} s after it was told to. Probably one of its"
                 f" processes is stuck in I/O: see systemctl status {self.name}"
             ) from None
+
+    async def kill(self) -> None:
+        """SIGKILL to all its processes, now. The order is given until systemd has taken it."""
+        if self._tracked.final is None:
+            with contextlib.suppress(NoSuchUnit):
+                await self._launcher.repeat("KillUnit", "ssi", self.name, "all", signal.SIGKILL)
 
     async def reap(self) -> None:
         """Drop the unit from systemd, stopping it if it runs; then its name is free again.

@@ -3,7 +3,7 @@
 Under systemd each line carries its level as ``<N>`` (sd-daemon(3)) and the journal adds the time;
 elsewhere lines carry time and level in words. A message is one line whatever is in it, so that
 nothing a master or ffmpeg says can forge a line or drive a terminal; a traceback keeps its
-lines, each with the head of its record.
+lines, each with the head of its record and a bar that no message begins with.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from worker.errors import ConfigError
-from worker.printable import escape
+from worker.printable import blotter, escape
 
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -35,26 +35,36 @@ _PRIORITIES = {
 }
 _CHATTY = ("httpx", "httpcore", "asyncio")
 """Libraries whose lines below a warning say nothing about jobs."""
-_SHORTEST_SECRET = 4
-"""Blotting out a shorter one would hide half of the log and protect nothing."""
+_LONGEST_LINE = 8192
+"""Characters of a message, or of a line of a traceback."""
+_HALF_A_SECRET = 2048
+"""Characters at the place of a cut that are not shown: a secret that is cut is not recognised."""
+_MOST_LINES = 200
+"""Of a traceback; the first and the last ones are shown."""
+_BAR = "| "
 
 
 class LineFormatter(logging.Formatter):
-    """One record, one line; with a traceback one more for each of its lines."""
+    """One record, one line; with a traceback one more for each of its lines.
+
+    Nothing of it is longer than it may be, whatever the message is made of.
+    """
 
     def __init__(self, *, journal: bool, secrets: Iterable[str] = ()) -> None:
         super().__init__()
         self._journal = journal
-        self._secrets = [secret for secret in secrets if len(secret) >= _SHORTEST_SECRET]
+        self._blot = blotter(secrets, "********")
 
     def format(self, record: logging.LogRecord) -> str:
-        lines = [record.getMessage()]
+        message = self._clean(_message(record))
+        # A message that begins like a line of a traceback is none.
+        lines = [f"\\{message}" if message.startswith(_BAR) else message]
         if record.exc_info and not record.exc_text:
             record.exc_text = self.formatException(record.exc_info)
         for block in (record.exc_text, record.stack_info):
-            lines += block.split("\n") if block else []
+            lines += [_BAR + self._clean(line) for line in _lines(block)] if block else []
         head = self._head(record)
-        return "\n".join(head + self._clean(line) for line in lines)
+        return "\n".join(head + line for line in lines)
 
     def _head(self, record: logging.LogRecord) -> str:
         if self._journal:
@@ -64,9 +74,26 @@ class LineFormatter(logging.Formatter):
         return f"{seconds}.{int(record.msecs):03d}{zone} {record.levelname:<7} {record.name}: "
 
     def _clean(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "********")
-        return escape(text)
+        if len(text) <= _LONGEST_LINE:
+            return escape(self._blot(text))
+        return escape(self._blot(text[:_LONGEST_LINE])[:-_HALF_A_SECRET]) + "…"
+
+
+def _message(record: logging.LogRecord) -> str:
+    """The record's message, also where it does not fit its arguments: logging itself would
+    print those, with whatever is in them."""
+    try:
+        return record.getMessage()
+    except Exception as error:
+        return f"{record.msg!r} with {record.args!r}: {type(error).__name__}"
+
+
+def _lines(block: str) -> list[str]:
+    lines = block.split("\n")
+    if len(lines) <= _MOST_LINES:
+        return lines
+    half = _MOST_LINES // 2
+    return [*lines[:half], f"({len(lines) - 2 * half} lines left out)", *lines[-half:]]
 
 
 class LogFile(WatchedFileHandler):

@@ -7,6 +7,8 @@ import os
 import socket
 from collections.abc import Mapping
 
+from worker.printable import escape
+
 logger = logging.getLogger(__name__)
 
 
@@ -83,4 +85,4 @@ def _watchdog(environ: Mapping[str, str], pid: int) -> float | None:
 
 def _status(status: str) -> list[str]:
     # a line break would start another assignment
-    return [f"STATUS={' '.join(status.split())}"] if status else []
+    return [f"STATUS={escape(' '.join(status.split()))}"] if status else []

@@ -27,6 +27,8 @@ from worker.telemetry.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _MAX_CONNECTIONS = 16
+_QUEUE = 128
+"""Connections that wait to be taken, so that a scrape gets its turn in a flood of others."""
 _MAX_REQUEST_BYTES = 16 * 1024
 """Request line and headers together."""
 _MAX_SECONDS = 10.0
@@ -119,7 +121,7 @@ class _Listener(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
-    request_queue_size = _MAX_CONNECTIONS
+    request_queue_size = _QUEUE
     server_address: tuple[str, int]
     answer: Callable[[str, str], tuple[HTTPStatus, str, bytes]]
 
@@ -210,6 +212,7 @@ class _Budget(io.BufferedIOBase):
 class _Handler(BaseHTTPRequestHandler):
     server: _Listener
     timeout = _SILENCE_SECONDS
+    default_request_version = "HTTP/1.0"  # no answer without a head, as version 0.9 had it
 
     def setup(self) -> None:
         super().setup()

@@ -1,0 +1,154 @@
+"""One worker for many attacks, since each start takes seconds; and what they are made of."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.attack.conftest import MEDIA, Result, Target, snapshot
+from tests.e2e.conftest import (
+    SERVICE,
+    WORK_DIR,
+    Worker,
+    job_cgroups,
+    job_units,
+    parameters,
+    running,
+    sh,
+)
+from tests.fakes.master import FakeMaster
+from tests.slowness import SLOWNESS
+from worker.systemd.names import safe_id
+
+SHIPPED = {
+    "INPUT_DIRS": str(MEDIA),
+    "OUTPUT_DIRS": str(WORK_DIR),
+    "POLL_INTERVAL": "100ms",
+}
+INPUT = MEDIA / "in.mp4"
+STRANGER = 12345
+"""A uid that is nobody's: of a user who may write in some folder of media."""
+ELSEWHERE = Path("/srv/elsewhere")
+"""Root's own folder, outside of all that jobs may name."""
+
+_SWAP = """
+import ctypes, os, random, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+one, other = map(os.fsencode, sys.argv[1:])
+while True:
+    if libc.renameat2(-100, one, -100, other, 2):
+        sys.exit(os.strerror(ctypes.get_errno()))
+    time.sleep(random.choice((0, 0, 0.001, 0.01)))
+"""
+
+
+class Scene(Target):
+    """A worker that several tests share, one after the other."""
+
+    begun = 0
+
+    def take_note(self) -> None:
+        """From here on nothing outside of the jobs' own folders may change."""
+        self._before = snapshot()
+
+    def still_beats(self) -> None:
+        """That is asked for at the end, where each attack before left the agent at work."""
+
+    def begin(self, job: dict[str, Any], job_id: str = "", **labels: str) -> str:
+        """Have a job run under the intruder's order ``wait``; its id."""
+        self.begun += 1
+        job_id = job_id or f"held-{self.begun}"
+        self.master.submit(job, {"id": job_id, **labels})
+        running(safe_id(job_id))
+        return job_id
+
+    def files(self, job_id: str) -> Path:
+        """The folder that a job writes to."""
+        return WORK_DIR / "jobs" / safe_id(job_id) / "files"
+
+    def end(self, job_id: str, timeout: float = 60) -> Result:
+        """Let such a job go on; what the master is told of it."""
+        (self.files(job_id) / "go").touch()
+        return self.ended(job_id, timeout)
+
+    def ended(self, job_id: str, timeout: float = 60) -> Result:
+        """What the master is told of a job."""
+        self.master.wait(job_id, timeout * SLOWNESS)
+        [result] = [one for one in self.master.results if one["job_id"] == job_id]
+        return result
+
+
+@contextlib.contextmanager
+def attacked(**config: str) -> Iterator[Scene]:
+    """A worker with the shipped configuration, but for addresses and intervals."""
+    make_video(INPUT, 1)
+    MEDIA.chmod(0o755)
+    worker = Worker()
+    with FakeMaster(max_retries=0) as master:
+        try:
+            scene = Scene(worker, master, **(SHIPPED | config))
+            yield scene
+            Target.still_beats(scene)
+        finally:
+            sh("systemctl", "stop", SERVICE, check=False)
+            sh("systemctl", "reset-failed", SERVICE, check=False)
+    assert job_units() == []
+    assert job_cgroups() == []
+    assert list(WORK_DIR.glob("jobs/*")) == []
+    for path in WORK_DIR.glob("ledger.db*"):
+        path.unlink()
+
+
+def make_video(path: Path, seconds: int, title: str = "") -> None:
+    """A small video that everybody may read, unless there is one already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        source = f"testsrc2=size=160x120:rate=10:duration={seconds}"
+        command = ("/usr/bin/ffmpeg", "-v", "error", "-f", "lavfi", "-i", source)
+        sh(*command, "-metadata", f"title={title}", "-preset", "ultrafast", str(path))
+        path.chmod(0o644)
+
+
+def seconds_of(path: Path) -> float:
+    """The length of a video."""
+    document = json.loads(
+        sh("/usr/bin/ffprobe", "-v", "error", "-show_format", "-of", "json", f"file:{path}")
+    )
+    return float(document["format"]["duration"])
+
+
+def reading(path: object = INPUT, **values: Any) -> dict[str, Any]:
+    """A job that reads a file."""
+    job = parameters(input=str(path), preset="ultrafast", **values)
+    del job["parameters"]["duration"]
+    return job
+
+
+def writing(path: object, source: object = INPUT, **values: Any) -> dict[str, Any]:
+    """A job that leaves a file."""
+    return reading(source, output=str(path), **values)
+
+
+@contextlib.contextmanager
+def swapping(one: Path, other: Path) -> Iterator[None]:
+    """Meanwhile a stranger has the two change places, as fast as it goes and slower."""
+    command = ("/usr/bin/python3", "-c", _SWAP, str(one), str(other))
+    with subprocess.Popen(
+        command, user=STRANGER, group=STRANGER, extra_groups=(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield
+            assert process.poll() is None, process.stderr and process.stderr.read()
+        finally:
+            process.kill()
+
+
+def give_away(*paths: Path) -> None:
+    """To the stranger."""
+    for path in paths:
+        os.lchown(path, STRANGER, STRANGER)

@@ -1,0 +1,418 @@
+"""Inputs that are more than a file or an address: ffmpeg's protocols, and playlists that use them.
+
+What a name says is judged by the worker; what a playlist says is up to ffmpeg, which is told what
+it may open, and to the unit, which has no other file to show and no network where it needs none.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from tests.attack.conftest import MEDIA, Job, Target
+from tests.e2e.conftest import parameters, running, sh
+
+MARK = "root:x:0:0"
+"""What /etc/passwd begins with."""
+NO_PLACE = "must be an absolute path or a URL"
+NO_URL = "is no valid URL"
+OUTSIDE = "lies outside of INPUT_DIRS"
+VICTIM = "127.0.0.1:7"
+
+
+def job(place: str, **values: Any) -> dict[str, Any]:
+    return parameters(input=place, resource_limits={"timeout_sec": 20}, **values)
+
+
+PROTOCOLS = {
+    f"{VICTIM}/x": (NO_PLACE, ("",)),
+    "/etc/passwd": (
+        NO_PLACE,
+        (
+            *("concat:/etc/passwd|", "concat:", "subfile,,start,0,end,0,,:", "file:", "FILE:"),
+            *("cache:", "async:", "crypto:", "tee:", "unix:", "md5:", "link:", "pipe:", "fd:"),
+            *("movie=", "amovie=", "lavfi:", "-i ", "-f lavfi -i ", "@", "|", "~", "../..", "%2f"),
+            *("data:text/plain,", "concatf:", "http:", "https:", "i:", " -i ,"),
+        ),
+    ),
+    f"http://{VICTIM}/x": (
+        NO_PLACE,
+        (
+            *("cache:", "async:", "crypto:", "subfile,,start,0,end,0,,:", "concat:"),
+            *("icecast:", "httpproxy:", "ffrtmphttp:", "-headers X -i ", "'", '"', "\\", "."),
+        ),
+    ),
+}
+SCHEMES = (
+    *("concat", "subfile", "pipe", "fd", "data", "cache", "async", "crypto", "tee", "unix", "md5"),
+    *("gopher", "gophers", "ftp", "sftp", "ipfs", "ipns", "mmsh", "mmst", "rtmpe", "rtmpt", "sctp"),
+    *("rtmpts", "rtmpte", "icecast", "tls", "udplite", "srtp", "hls", "smb", "amqp", "zmq", "rist"),
+    *("bluray", "httpproxy", "ffrtmphttp", "libssh", "prompeg", "concatf", "lavfi", "dash"),
+)
+PLACES = {
+    "a generator": "testsrc", "a pipe": "pipe:0", "standard input": "-", "a descriptor": "fd:3",
+    "an option": "-i", "an option with two dashes": "--help", "a glob": "*.mp4",
+    "a climb": f"{MEDIA}/../../../../etc/passwd", "a folder": f"{MEDIA}/", "a dot": f"{MEDIA}/./x",
+    "one slash": f"http:/{VICTIM}/x", "no slash": f"http:{VICTIM}/x", "three": f"http:///{VICTIM}",
+    "backslashes": f"http:\\\\{VICTIM}\\x", "no scheme": f"//{VICTIM}/x", "a blank": "http ://x/",
+    "empty host": "http://:80/x", "only a scheme": "http://", "file's host": "file://evil/etc/passwd",
+}  # fmt: skip
+URLS = (
+    *("http://a@b@127.0.0.1/x", "http://a\\@127.0.0.1/x", "http://a#@127.0.0.1/x"),
+    *("http://127.0.0.1\\.evil/x", "http://127.0.0.1%00.evil/x", "http://%31%32%37.0.0.1/x"),
+    *("http://[::1/x", "http://::1/x", "http://[::1%25lo]/x"),
+    *("http://[v1.x]/x", "http://127.0.0.1:0/x", "http://127.0.0.1:65536/x", "http://a:80:81/x"),
+    *("http://a:+80/x", "http://a:8_0/x", "http://a:\u0668\u0660/x", "http://a:0x50/x"),
+    *("http://a:80a/x", "http://\uff41.example/x", "http://a\u3002example/x", "http://a|b/x"),
+    *("http://a;b/x", "http://-a/x", "http://.a/x", "http://$(reboot)/x", "http://{a}/x"),
+    *("concat+http://a/x", "h\u0442tp://a/x", "http://a/x y", f"http://{'a' * 300}/x"),
+)
+
+
+def test_a_place_that_is_no_file_and_no_address(standing: Target) -> None:
+    jobs = {
+        f"{prefix}{place}": Job(job(prefix + place), says)
+        for place, (says, prefixes) in PROTOCOLS.items()
+        for prefix in prefixes
+    }
+    for scheme in SCHEMES:
+        for spelt in (scheme, scheme.upper()):
+            place = f"{spelt}://{VICTIM}/x"
+            jobs[place] = Job(job(place), NO_PLACE)
+            jobs[f"{spelt}+http"] = Job(job(f"{spelt}+http://{VICTIM}/x"), "parameters.input")
+    for name, place in PLACES.items():
+        jobs[name] = Job(job(place), "parameters.input")
+    for place in URLS:
+        jobs[place[:60]] = Job(job(place), "parameters.input")
+    for place in ("file:///etc/passwd", "FILE://localhost/etc/passwd", "/etc/passwd", "/dev/stdin"):
+        jobs[place] = Job(job(place), OUTSIDE)
+    for place in ("/proc/self/fd/0", "/proc/self/environ", "file:///%65tc/passwd", "/dev/fd/3"):
+        jobs[place] = Job(job(place), OUTSIDE)
+    for what in ("\n-i /etc/passwd", "\0", "\x1b[2J", "\u2028"):
+        for place in (f"{MEDIA}/in.mp4", f"http://{VICTIM}/x", "file:///x"):
+            jobs[f"{place}{what!r}"] = Job(job(f"{place}{what}x"), "control characters")
+    for query in (
+        "udp://@:1?fifo=1", "tcp://127.0.0.1:7?listen_path=/x", "srt://127.0.0.1:7?x=y",
+        "rtp://127.0.0.1:7?fec=prompeg", "udp://127.0.0.1:7#x",
+    ):  # fmt: skip
+        jobs[query] = Job(job(query), "parameters.input")
+    standing.all_fail(jobs)
+    standing.unharmed()
+
+
+@pytest.fixture
+def narrow(standing: Target) -> Iterator[Target]:
+    with standing.configured(INPUT_PROTOCOLS="https", OUTPUT_PROTOCOLS="file"):
+        yield standing
+
+
+def test_what_the_operator_has_not_allowed(narrow: Target, media: Path, server: Server) -> None:
+    of = "is not allowed here (INPUT_PROTOCOLS)"
+    jobs = {
+        f"an input by {scheme}": Job(job(f"{scheme}://{VICTIM}/x"), f"{scheme} {of}")
+        for scheme in ("http", "rtmp", "rtmps", "rtsp", "srt", "udp", "tcp", "rtp")
+    }
+    jobs |= {
+        f"a file as {place}": Job(job(place), "files are not allowed here (INPUT_PROTOCOLS)")
+        for place in (str(media), f"file://{media}", "/etc/passwd")
+    }
+    jobs |= {
+        f"an output by {scheme}": Job(
+            parameters(output_mode="rtmp", rtmp_url=f"{scheme}://127.0.0.1:1/live/x"),
+            f"{scheme} is not allowed here (OUTPUT_PROTOCOLS)",
+        )
+        for scheme in ("rtmp", "rtmps", "RTMP")
+    }
+    jobs["an output by the default"] = Job(
+        parameters(output_mode="rtmp"), "rtmp is not allowed here (OUTPUT_PROTOCOLS)"
+    )
+    # By the scheme that is allowed comes what leads to those that are not.
+    with ServerOverTls() as secure:
+        for name, text in playlists(server.port).items():
+            secure.pages[name] = text
+            if ".invalid" not in text:
+                jobs[f"over TLS: {name}"] = Job(job(secure.url(name)), "", FAILURES)
+        results = narrow.all_fail(jobs, timeout=120)
+        assert set(secure.seen) >= set(secure.pages), "each was looked at"
+    leaves_no_trace(results)
+    assert server.seen == [], "nothing that is not allowed is asked for"
+    narrow.unharmed()
+
+
+@pytest.fixture
+def without_files(standing: Target) -> Iterator[Target]:
+    with standing.configured(OUTPUT_PROTOCOLS="rtmp", INPUT_PROTOCOLS="http"):
+        yield standing
+
+
+def test_outputs_to_files_that_are_not_allowed(without_files: Target) -> None:
+    says = "files are not allowed here (OUTPUT_PROTOCOLS)"
+    without_files.all_fail(
+        {
+            "the default": Job(parameters(), says),
+            "one that is named": Job(parameters(output=f"{MEDIA.parent}/x.mp4"), says),
+            "https": Job(job("https://127.0.0.1:7/x"), "https is not allowed"),
+            "rtmps": Job(
+                parameters(output_mode="rtmp", rtmp_url="rtmps://127.0.0.1:1/live/x"),
+                "rtmps is not allowed here (OUTPUT_PROTOCOLS)",
+            ),
+        }
+    )
+    without_files.unharmed()
+
+
+FAILURES = "input_error|network_error|runtime_error|timeout|user_error|resource_error"
+
+
+def playlists(port: int) -> dict[str, str]:
+    """What a hostile server or file says; ``port`` is one that nobody may be led to."""
+    victim = f"127.0.0.1:{port}"
+    hls = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-VERSION:3\n"
+    found = {
+        f"hls of {name}": f"{hls}#EXTINF:1,\n{place}\n#EXT-X-ENDLIST\n"
+        for name, place in {
+            "a file": "file:///etc/passwd", "a path": "/etc/passwd", "a climb": "../../etc/passwd",
+            "concat": f"concat:http://{victim}/header|file:///etc/passwd",
+            "subfile": "subfile,,start,0,end,100,,:/etc/passwd", "cache": "cache:/etc/passwd",
+            "gopher": f"gopher://{victim}/_x", "ftp": f"ftp://{victim}/x", "tcp": f"tcp://{victim}",
+            "udp": f"udp://{victim}", "rtmp": f"rtmp://{victim}/live/x", "unix": "unix:/run/x.sock",
+            "pipe": "pipe:0", "async": f"async:http://{victim}/x", "tee": f"tee:{victim}",
+            "http": f"http://{victim}/x.ts", "a media file": f"{MEDIA}/in.mp4",
+            "a file as a media file": "file:///etc/passwd?.ts",
+        }.items()
+    }  # fmt: skip
+    found |= {
+        "hls with a key": f'{hls}#EXT-X-KEY:METHOD=AES-128,URI="file:///etc/passwd"\n'
+        "#EXTINF:1,\nx.ts\n#EXT-X-ENDLIST\n",
+        "hls with a map": f'{hls}#EXT-X-MAP:URI="file:///etc/passwd"\n'
+        "#EXTINF:1,\nx.ts\n#EXT-X-ENDLIST\n",
+        "hls of hls": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nfile:///etc/passwd\n",
+        "hls with subtitles": '#EXTM3U\n#EXT-X-MEDIA:TYPE=SUBTITLES,GROUP-ID="s",NAME="s",'
+        'URI="file:///etc/passwd"\n#EXT-X-STREAM-INF:BANDWIDTH=1,SUBTITLES="s"\nx.m3u8\n',
+        "ffconcat": "ffconcat version 1.0\nfile /etc/passwd\n",
+        "ffconcat of a URL": f"ffconcat version 1.0\nfile http://{victim}/x\n",
+        "ffconcat of another file": "ffconcat version 1.0\nfile in.mp4\n",
+        "ffconcat with options": "ffconcat version 1.0\nfile 'in.mp4'\noption safe 0\n"
+        "option protocol_whitelist file,http,tcp\nfile /etc/passwd\n",
+        "sdp": f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+        f"m=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "dash": _DASH.format("file:///etc/passwd"),
+        "dash of a server": _DASH.format(f"http://{victim}/x"),
+        "dash with an entity": '<?xml version="1.0"?><!DOCTYPE MPD [<!ENTITY x SYSTEM '
+        '"file:///etc/passwd">]>' + _DASH.format("&x;"),
+        "rtsp in a playlist": f"[playlist]\nFile1=rtsp://{victim}/x\n",
+        "asx": f'<asx version="3.0"><entry><ref href="http://{victim}/x"/></entry></asx>',
+        "srt": "1\n00:00:00,000 --> 00:00:01,000\n<font face='/etc/passwd'>x</font>\n",
+        "ass": "[Script Info]\nScriptType: v4.00+\n[Fonts]\nfontname: /etc/passwd\n[Events]\n"
+        "Dialogue: 0,0:00:00.00,0:00:01.00,x,,0,0,0,,x\n",
+        "svg": f'<svg xmlns="http://www.w3.org/2000/svg"><image href="http://{victim}/x"/></svg>',
+        "imf": f"<AssetMap><Path>http://{victim}/x</Path><Path>/etc/passwd</Path></AssetMap>",
+        "ffmetadata": ";FFMETADATA1\ntitle=x\n[STREAM]\nfilename=/etc/passwd\n",
+        "a reference movie": f"RTSPtext\nREF1=http://{victim}/x\n",
+        "smooth streaming": f'<SmoothStreamingMedia Url="http://{victim}/x"/>',
+        "vapoursynth": "import os\nos.system('touch /var/tmp/x')\n",
+    }
+    return found
+
+
+_DASH = (
+    '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT1S" '
+    'profiles="urn:mpeg:dash:profile:isoff-main:2011"><Period><AdaptationSet '
+    'mimeType="video/mp4"><Representation id="1" bandwidth="1" width="16" height="16" '
+    'codecs="avc1.42c00d"><BaseURL>{}</BaseURL><SegmentBase><Initialization range="0-1"/>'
+    "</SegmentBase></Representation></AdaptationSet></Period></MPD>"
+)
+
+
+def leaves_no_trace(results: dict[str, Any]) -> None:
+    """Nothing of the host's files is in what the master is told, or in the journal."""
+    assert MARK not in json.dumps(results)
+    sh("journalctl", "--sync")
+    assert MARK not in sh("journalctl", "-b", "-o", "cat", "-u", "ffmpeg-*")
+
+
+def test_a_playlist_from_a_server_leads_to_no_file(standing: Target, server: Server) -> None:
+    """With all the protocols that are allowed when nothing is said."""
+    with socket.create_server(("127.0.0.1", 0)) as victim:
+        port = victim.getsockname()[1]
+        for name, text in playlists(port).items():
+            # By http a playlist may lead to another server by http: that is what it is for.
+            if name not in _BY_HTTP:
+                server.pages[name] = text
+        results = standing.all_fail(
+            {name: Job(job(server.url(name)), "", FAILURES) for name in server.pages}, timeout=120
+        )
+        assert set(server.seen) >= set(server.pages), "each was looked at"
+        nobody_came(victim)
+    leaves_no_trace(results)
+    asked = {name for name in server.seen if name not in server.pages}
+    assert asked <= {"etc/passwd", "x.ts", "x.m3u8", f"{MEDIA}/in.mp4"[1:], "in.mp4", "header"}, (
+        "on the server itself, whose own files they would be"
+    )
+    assert not any(MARK in body for body in server.bodies)
+    standing.unharmed()
+
+
+_BY_HTTP = {"hls of http", "dash of a server", "ffconcat of a URL"}
+
+
+def test_a_playlist_that_calls_itself_a_video(standing: Target, server: Server) -> None:
+    """As a file where inputs are: it leads neither to another file nor to anybody else."""
+    texts = playlists(server.port)
+    texts["a link to a server"] = f"http://127.0.0.1:{server.port}/x\n"
+    for number, text in enumerate(texts.values()):
+        path = MEDIA / f"hostile-{number}.{('mp4', 'mkv', 'ts', 'avi')[number % 4]}"
+        path.write_text(text)
+        path.chmod(0o644)
+    try:
+        standing.taken_as_it_is()
+        jobs = {}
+        for number, name in enumerate(texts):
+            suffix = ("mp4", "mkv", "ts", "avi")[number % 4]
+            jobs[name] = Job(job(f"{MEDIA}/hostile-{number}.{suffix}"), "", FAILURES)
+        results = standing.all_fail(jobs, timeout=120)
+        leaves_no_trace(results)
+        assert server.seen == []
+        assert server.connections == 0
+        standing.unharmed()
+    finally:
+        for path in MEDIA.glob("hostile-*"):
+            path.unlink()
+        standing.taken_as_it_is()
+
+
+def test_a_name_like_a_protocol_is_the_name_of_a_file(standing: Target, media: Path) -> None:
+    names = ("concat:x.mp4", "http:x.mp4", "%d.mp4", "pipe:0", "-i.mp4", "a,b;c[d]'e.mp4", "$x.mp4")
+    for name in names:
+        (MEDIA / name).write_bytes(media.read_bytes())
+    try:
+        standing.taken_as_it_is()
+        results = standing.run_all({name: Job(job(f"{MEDIA}/{name}")) for name in names})
+        assert {result["status"] for result in results.values()} == {"completed"}, results
+        standing.unharmed()
+    finally:
+        for name in names:
+            (MEDIA / name).unlink()
+        standing.taken_as_it_is()
+
+
+def test_where_clouds_tell_their_secrets(standing: Target, server: Server) -> None:
+    """The address is on this host, and somebody listens there: nobody comes."""
+    server.hold.clear()
+    job_id = standing.master.submit(job(server.url("hang")))["id"]
+    unit = running(job_id)
+    denied = sh("systemctl", "show", unit, "-p", "IPAddressDeny", "--value").split()
+    server.hold.set()
+    standing.master.wait(job_id, 60)
+    assert set(denied) == {"169.254.0.0/16", "fe80::/64", "fd00:ec2::254/128"}
+    sh("ip", "address", "add", "169.254.169.254/32", "dev", "lo")
+    try:
+        with Server("169.254.169.254") as metadata:
+            results = standing.all_fail(
+                {
+                    "http": Job(job(metadata.url("latest/meta-data")), "", "network_error"),
+                    "tcp": Job(job(f"tcp://169.254.169.254:{metadata.port}"), "", FAILURES),
+                    "as IPv6": Job(
+                        job(f"http://[::ffff:169.254.169.254]:{metadata.port}/x"), "", FAILURES
+                    ),
+                    "as a number": Job(
+                        job(f"http://2852039166:{metadata.port}/x"), "", "network_error"
+                    ),
+                },
+                timeout=120,
+            )
+            assert metadata.connections == 0, results
+    finally:
+        sh("ip", "address", "del", "169.254.169.254/32", "dev", "lo")
+    standing.unharmed()
+
+
+# --- servers
+
+
+class Server:
+    """Gives ``pages``, and remembers who asked for what."""
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.pages: dict[str, str] = {}
+        self.seen: list[str] = []
+        self.bodies: list[str] = []
+        self.connections = 0
+        self.hold = threading.Event()
+        self.hold.set()
+        self.scheme = "http"
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def setup(self) -> None:
+                outer.connections += 1
+                super().setup()
+
+            def do_GET(self) -> None:
+                name = self.path[1:].replace("%20", " ")
+                outer.seen.append(name)
+                outer.bodies.append(f"{self.requestline}\n{self.headers}")
+                outer.hold.wait()
+                text = outer.pages.get(name)
+                self.send_response(200 if text is not None else 404)
+                body = (text or "").encode()
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer((host, 0), Handler)
+        self._server.handle_error = lambda *args: None  # type: ignore[method-assign]
+        self.host = host
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+
+    def url(self, name: str) -> str:
+        return f"{self.scheme}://{self.host}:{self.port}/{name.replace(' ', '%20')}"
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hold.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def over_tls(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.scheme = "https"
+
+
+class ServerOverTls(Server):
+    def __init__(self) -> None:
+        super().__init__()
+        self.over_tls()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+def nobody_came(listener: socket.socket) -> None:
+    listener.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        listener.accept()

@@ -1,0 +1,1 @@
+"""Hostile jobs, by the million, against all that is made of a job before ffmpeg is started."""
