@@ -168,6 +168,7 @@ class DiskWatch:
     def add(self, guard: DiskGuard) -> None:
         """Begin to watch."""
         self._guards.add(guard)
+        self._pool.submit(self._remember, guard)
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="disk watch")
 
@@ -201,6 +202,13 @@ class DiskWatch:
                 logger.warning("%s: %s", guard.folder, guard.exceeded)
                 guard.on_exceeded()
 
+    def _remember(self, guard: DiskGuard) -> None:
+        """What the disk has before the job takes of it, where nobody has looked yet."""
+        with contextlib.suppress(OSError):  # the next look says what is wrong with it
+            device = os.fstat(guard.fd).st_dev
+            if device not in self._disks:
+                self._disks[device] = _Disk(self._free_bytes(guard.fd))
+
     def _look(self, guards: list[tuple[DiskGuard, str]]) -> list[tuple[DiskGuard, Count]]:
         """Count all folders, and where there is reason to, deleted files as well."""
         counts = [(guard, group, guard.count()) for guard, group in guards]
@@ -222,8 +230,8 @@ class DiskWatch:
 class _Disk:
     """One file system, and what it has lost that no folder of a job has gained."""
 
-    def __init__(self) -> None:
-        self._free: int | None = None
+    def __init__(self, free: int | None = None) -> None:
+        self._free = free
         self._lost = 0
 
     def has_lost(self, free: int, grown: int) -> bool:

@@ -343,6 +343,20 @@ def sleep(order: dict[str, object]) -> dict[str, str]:
     return {}
 
 
+def nothing(order: dict[str, object]) -> dict[str, str]:
+    """To be asked for in the end."""
+    return {}
+
+
+def ignore_signals(order: dict[str, object]) -> dict[str, str]:
+    """Be deaf to all that can be ignored."""
+    for number in signal.valid_signals():
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_IGN)
+    while True:
+        time.sleep(1)
+
+
 def fork_bomb(order: dict[str, object]) -> dict[str, str]:
     """Fork as fast as it goes, each of the new ones as well."""
     while True:
@@ -386,6 +400,7 @@ def fill_disk_unseen(order: dict[str, object]) -> dict[str, str]:
         os.unlink("fill")
         for _ in range(16):
             kept[-1].write(block)
+        time.sleep(0.02)  # some 800 MB a second: where files are in memory, that is limited, too
 
 
 def fill_disk_with_names(order: dict[str, object]) -> dict[str, str]:

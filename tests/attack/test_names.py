@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,6 @@ IDS = {
     "carriage return": "a\r\nb",
     "NUL": "a\0b",
     "terminal escape": "\x1b[2J\x1b]0;x\x07",
-    "lone surrogate": "\udcff",
     "specifier": "%n%%i%H",
     "escaped": "a\\x2db",
     "command": "$(reboot)",
@@ -86,7 +86,7 @@ def test_a_job_id(scene: Scene, job_id: str) -> None:
     scene.unharmed()
 
 
-@pytest.mark.parametrize("job_id", ["", "x" * 1025, 7, None], ids=repr)
+@pytest.mark.parametrize("job_id", ["", "x" * 1025, "\udcff", 7, None], ids=repr)
 def test_what_is_no_id(scene: Scene, job_id: object) -> None:
     """It cannot be answered for, so it is not run; the next one is."""
     scene.take_note()
@@ -94,13 +94,15 @@ def test_what_is_no_id(scene: Scene, job_id: object) -> None:
     scene.master.submit(reading(), {"id": job_id})
     result = scene.run(reading())
 
+    assert "to GET /jobs/next is no job with an id" in scene.worker.log()
+
     assert result["status"] == "completed", result
     scene.unharmed()
 
 
 @pytest.mark.parametrize(
     "ids",
-    [("a/b", "a b"), ("x\n", "x\r"), ("..", "."), ("é", "e\u0301"), ("A", "a"), ("x-input", "x")],
+    [("p/q", "p q"), ("x\n", "x\r"), ("/..", "/."), ("é", "e\u0302"), ("A", "a"), ("y-input", "y")],
     ids=repr,
 )
 def test_ids_that_look_the_same_in_a_unit_name(scene: Scene, ids: tuple[str, str]) -> None:
@@ -117,11 +119,14 @@ def test_ids_that_look_the_same_in_a_unit_name(scene: Scene, ids: tuple[str, str
     scene.unharmed()
 
 
-HOSTILE = "x)\n[Service]\nExecStartPre=/bin/touch /etc/x\n%H %n $HOME ${PATH} \x1b[2J\u202e\"'\\"
+HOSTILE = (
+    "x)\n[Service]\nExecStartPre=/bin/touch /etc/x\n%H %n $HOME ${PATH} \x1b[2J\u202e\"'\\ "
+    "OTHER=1 JOB_ID=other"
+)
 
 
 @pytest.mark.parametrize(
-    "text", [HOSTILE, "%" * 199, "y" * 100_000, "\\\n", "\udcff\0"], ids=lambda text: repr(text[:9])
+    "text", [HOSTILE, "%" * 199, "y" * 2_000, "\\\n", "\udcff\0"], ids=lambda text: repr(text[:9])
 )
 def test_what_is_said_of_a_job(scene: Scene, text: str) -> None:
     scene.take_note()
@@ -146,6 +151,11 @@ def test_what_is_said_of_a_job(scene: Scene, text: str) -> None:
     assert not re.search(r"^ExecStartPre=", written, re.MULTILINE)
     result = scene.end(job_id)
     assert result["status"] == "completed", result
+    entries = _journal(job_id)
+    assert entries
+    for entry in entries:
+        assert entry["JOB_ID"] == job_id
+        assert "OTHER" not in entry
     for line in scene.worker.log().splitlines():
         assert line.isprintable(), line
     scene.unharmed()
@@ -153,10 +163,32 @@ def test_what_is_said_of_a_job(scene: Scene, text: str) -> None:
 
 def _shown(job_id: str) -> dict[str, str]:
     """Of the job's unit. Each property is one line."""
-    names = "Description,Slice,Nice,ExecStartPre,LogExtraFields,User,Environment"
+    names = "Description,Slice,Nice,ExecStartPre,User,Environment"
     text = sh("systemctl", "show", unit_name(job_id), "-p", names)
     found = {"ExecStartPre": ""}
     return found | dict(line.partition("=")[::2] for line in text.splitlines())
+
+
+def _journal(job_id: str) -> list[dict[str, object]]:
+    """What the job's ffmpeg said, some of it after the reload."""
+    sh("journalctl", "--sync")
+    match = (f"_SYSTEMD_UNIT={unit_name(job_id)}", "SYSLOG_IDENTIFIER=ffmpeg-job")
+    return [json.loads(line) for line in sh("journalctl", "-o", "json", *match).splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("length", "status"), [(100_000, "completed"), (200_000, "failed")], ids=["cut", "refused"]
+)
+def test_too_much_is_said(scene: Scene, length: int, status: str) -> None:
+    scene.take_note()
+
+    result = scene.run({**reading(), "scenario": "y" * length})
+
+    assert result["status"] == status, result
+    if status == "failed":
+        assert result["metrics"]["failure_reason"] == "user_error"
+    assert len(json.dumps(result)) < 20_000
+    scene.unharmed()
 
 
 def test_folders_of_jobs(scene: Scene) -> None:

@@ -274,20 +274,19 @@ def test_a_strange_name_of_a_plain_file(scene: Scene, case: Path, name: str) -> 
     scene.unharmed()
 
 
+def in_a_folder(path: Path) -> None:
+    path.parent.mkdir(parents=True, mode=0o755)
+    put()(path)
+
+
 HARMLESS: dict[str, tuple[str, Maker]] = {
     "link in media": ("in.mp4", link(INPUT)),
     "relative link in media": ("in.mp4", link("../in.mp4")),
     "chain in media": ("in.mp4", chain(INPUT, 5)),
     "link to the folder": ("up/in.mp4", lambda path: path.parent.symlink_to(MEDIA)),
     "slashes": ("//in.mp4", put()),
-    "odd folder": (
-        "a:b %n $X 'q'/in.mp4",
-        lambda path: (path.parent.mkdir(mode=0o755), put()(path)),
-    ),
-    "deep folder": (
-        "d/" * 100 + "in.mp4",
-        lambda path: (path.parent.mkdir(parents=True, mode=0o755), put()(path)),
-    ),
+    "odd folder": ("a:b %n $X 'q'/in.mp4", in_a_folder),
+    "deep folder": ("d/" * 100 + "in.mp4", in_a_folder),
     "a stranger's": ("in.mp4", put(uid=12345, gid=12345)),
     "read-only": ("in.mp4", put(mode=0o444)),
     "hard link": ("in.mp4", lambda path: os.link(INPUT, path)),

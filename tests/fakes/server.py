@@ -8,6 +8,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,6 +51,8 @@ class Request:
     headers: Mapping[str, str]
     body: bytes
     peer: tuple[str, int]
+    at: float = field(default_factory=time.monotonic)
+    """When it had come in, by time.monotonic()."""
 
     @property
     def json(self) -> Any:

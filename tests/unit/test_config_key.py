@@ -10,6 +10,7 @@ import pytest
 from tests.unit.test_config import MASTER, SECRET, config, wrong
 from worker.cli import check
 from worker.config import resolve
+from worker.config.resolve import CREDENTIAL, PLACEHOLDER_KEY
 
 
 def key_file(folder: Path, text: str = f" {SECRET} \nnotes\n", mode: int = 0o600) -> Path:
@@ -97,3 +98,21 @@ def test_the_key_by_flag_works_is_warned_about_and_never_shown() -> None:
     assert any("every local user can see the key" in text for text in resolved.warnings)
     shown = [repr(resolved), str(resolved.settings), str(check.rows(resolved))]
     assert SECRET not in "".join(shown)
+
+
+def test_a_placeholder_gives_way_to_a_key(tmp_path: Path) -> None:
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    environ = {
+        "MASTER_URL": "https://m",
+        "NODE_NAME": "n",
+        "MASTER_API_KEY": PLACEHOLDER_KEY,
+        "CREDENTIALS_DIRECTORY": str(credentials),
+    }
+    alone = resolve({}, environ)
+    assert any("placeholder" in warning for warning in alone.warnings)
+    (credentials / CREDENTIAL).write_text("the-key\n")
+    both = resolve({}, environ)
+    assert both.settings.master_api_key is not None
+    assert both.settings.master_api_key.get_secret_value() == "the-key"
+    assert not any("placeholder" in warning for warning in both.warnings)

@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import pytest
 
-from worker import execution as execution_module
 from worker import workspace
 from worker.acceptance import StepRecords, boot_id
 from worker.config import Settings
 from worker.diskwatch import DiskWatch
 from worker.errors import JobError, LedgerError, Reason, SystemdError
 from worker.execution import Execution
+from worker.files import publish as publishing
 from worker.jobs.capabilities import TYPICAL
 from worker.jobs.outcome import Intent
 from worker.master.wire import Job, JobResult
@@ -441,7 +441,7 @@ async def test_a_stop_that_comes_too_late_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     execution = make({"output": str(tmp_path / "out.mp4")})
-    publish = execution_module.publish
+    publish = publishing.publish
 
     def stop_and_publish(*args: Any, **more: Any) -> int:
         execution.stop(Intent.CANCELLED)
@@ -751,7 +751,7 @@ async def test_what_is_published_is_not_published_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     notes, target = Notes(), tmp_path / "out.mp4"
-    publish = execution_module.publish
+    publish = publishing.publish
 
     def die_after(staged: Path, target: Path, **more: Any) -> int:
         publish(staged, target, **more)

@@ -473,3 +473,21 @@ def test_owners() -> None:
         with pytest.raises(ValueError, match=words):
             owner_of(text)
     assert user_name(61_234) == "61234"
+
+
+def test_what_a_dead_agent_left_of_a_copy_is_taken_up(staged: Path, out: Path) -> None:
+    class DiedError(Exception):
+        pass
+
+    def die(_staged: Path, _target: Path) -> None:
+        raise DiedError
+
+    left = out / f".out.mp4.{staged.stat().st_ino:x}.part"
+    left.write_text("half")  # an agent that is killed cannot remove it
+    left.chmod(0o600)
+    with pytest.raises(DiedError):
+        publish(staged, out / "out.mp4", dirs=[out], owner=None, copy=True, note=die)
+    left.write_text("half")
+    publish(staged, out / "out.mp4", dirs=[out], owner=None, copy=True)
+    assert names(out) == ["a", "out.mp4"]
+    assert (out / "out.mp4").read_text() == staged.read_text()

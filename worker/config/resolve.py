@@ -79,7 +79,7 @@ def resolve(
     values: dict[str, object] = {}
     sources: dict[str, str] = {}
     for key in KEYS:
-        written = next(_places(key, flags, environ, env_file, config_file, errors), None)
+        written = _chosen(_places(key, flags, environ, env_file, config_file, errors))
         if written is None:
             continue
         try:
@@ -118,6 +118,16 @@ def resolve(
     for field in Settings.model_fields:
         sources.setdefault(field, "default")
     return Resolved(settings, MappingProxyType(sources), tuple(warnings))
+
+
+def _chosen(places: Iterator[_Written]) -> _Written | None:
+    """The strongest; a placeholder counts only where there is nothing else."""
+    placeholder = None
+    for written in places:
+        if written.text != PLACEHOLDER_KEY:
+            return written
+        placeholder = placeholder or written
+    return placeholder
 
 
 def _places(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,9 +97,12 @@ def drop_other_name(path: Path, found: os.stat_result) -> None:
 
 
 def _publish_copy(source: int, place: Place, owner: Owner | None, note: Note | None) -> None:
-    # Named after the target as far as NAME_MAX allows, so that its owner can tell what it is.
+    # Named after the target as far as NAME_MAX allows, so that its owner can tell what it is; and
+    # after the source, so that an agent that died over it is followed by one that finds it.
     start = os.fsencode(place.name)[:200].decode(errors="ignore")
-    part = place.path.with_name(f".{start}.{secrets.token_hex(8)}.part")
+    part = place.path.with_name(f".{start}.{os.fstat(source).st_ino:x}.part")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(part.name, dir_fd=place.folder)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(part.name, flags, 0o600, dir_fd=place.folder)
     try:
