@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import json
 import os
+import pwd
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.attack.conftest import MEDIA, Result, Target, snapshot
 from tests.e2e.conftest import (
@@ -152,3 +157,25 @@ def give_away(*paths: Path) -> None:
     """To the stranger."""
     for path in paths:
         os.lchown(path, STRANGER, STRANGER)
+
+
+def ours(path: Path) -> None:
+    """An older output."""
+    path.write_bytes(b"older")
+    os.chown(path, *ids_of("ffmpeg-worker"))
+
+
+def ids_of(name: str) -> tuple[int, int]:
+    """Of a user, and of the group of that name."""
+    return pwd.getpwnam(name).pw_uid, grp.getgrnam(name).gr_gid
+
+
+def assert_good(path: Path, owner: tuple[int, int] | None = None) -> None:
+    """A whole video with the owner and mode of an output, and nothing else of it."""
+    found = path.lstat()
+    assert stat.S_ISREG(found.st_mode)
+    assert stat.S_IMODE(found.st_mode) == 0o644
+    assert found.st_nlink == 1
+    assert (found.st_uid, found.st_gid) == (owner or ids_of("ffmpeg-worker"))
+    assert seconds_of(path) == pytest.approx(1, abs=0.2)
+    assert list(path.parent.glob(".*")) == []

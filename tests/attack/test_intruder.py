@@ -45,7 +45,10 @@ def test_every_attempt_is_denied(intruder: Intruder, target: Target, job: dict[s
         sh("systemctl", "show", name, "-p", "MainPID", "--value").strip()
         for name in (unit, "ffmpeg-worker.service")
     ]
-    order: dict[str, Any] = {"pids": pids, "files": [path for path in SECRETS if Path(path).exists()]}
+    order: dict[str, Any] = {
+        "pids": pids,
+        "files": [path for path in SECRETS if Path(path).exists()],
+    }
     assert {str(other), f"{WORK_DIR}/ledger.db", f"{WORK_DIR}/control.sock"} <= set(order["files"])
     intruder.order("look_around", **order, port=target.port)
 

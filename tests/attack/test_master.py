@@ -13,6 +13,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -49,10 +50,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
         connection = http.client.HTTPConnection("127.0.0.1", front.behind)
-        connection.request(self.command, self.path, body, {"Authorization": f"Bearer {KEY}"})
-        response = connection.getresponse()
-        self.reply(response.read(), response.status)
-        connection.close()
+        with contextlib.closing(connection):
+            connection.request(self.command, self.path, body, {"Authorization": f"Bearer {KEY}"})
+            response = connection.getresponse()
+            data = response.read()
+        self.reply(data, response.status)
 
     do_POST = do_GET  # noqa: N815
 
@@ -108,6 +110,9 @@ class Front(ThreadingHTTPServer):
 
     def asked(self, part: str) -> int:
         return sum(part in route for _, route, _ in self.seen)
+
+    def more_than(self, part: str, count: int) -> bool:
+        return self.asked(part) > count
 
     def beats(self) -> list[float]:
         return [moment for moment, route, _ in self.seen if "heartbeat" in route]
@@ -185,11 +190,11 @@ def test_answers_that_are_too_long(standing: Target, front: Front) -> None:
 
 def test_reports_that_are_answered_with_too_much(standing: Target, front: Front) -> None:
     """The report arrives, whatever is said of it, and is not lost when it does not."""
-    for answer in (LONG["without end"], LONG["a gzip bomb"], _json('{"status": 1e999}')):
+    for answer in (LONG["without end"], LONG["a gzip bomb"]):
         asked = front.asked("POST /results")
         front.answers["POST /results"] = answer
         job_id = standing.master.submit(parameters(input=f"{MEDIA}/in.mp4"))["id"]
-        until(lambda asked=asked: front.asked("POST /results") > asked, 60)
+        until(partial(front.more_than, "POST /results", asked), 60)
         front.answers.clear()
         standing.master.wait(job_id, 60)
     assert memory_mb(standing, "VmHWM") < MOST_MB
@@ -233,7 +238,7 @@ def test_answers_of_wrong_types(standing: Target, front: Front) -> None:
     for route in ("heartbeat", "GET /jobs/next"):
         with attacked(standing, front, route, answer):
             begun = len(front.seen)
-            until(lambda begun=begun: len(front.seen) > begun + 3)
+            until(partial(front.more_than, "", begun + 3))
     standing.unharmed()
 
 
@@ -255,8 +260,8 @@ def test_slow_answers(standing: Target, front: Front) -> None:
 def test_the_same_job_a_thousand_times(standing: Target, front: Front) -> None:
     """It is run once, and not once more while it runs or when its report is out."""
     job = {"id": "again", "scenario": "x", "parameters": {"input": f"{MEDIA}/in.mp4"}}
-    standing.master.store.submit({"scenario": "x"}, {"id": "again", "status": "processing"})
-    text = json.dumps({"job": {**job, "retry_count": 0, "created_at": "2026-01-01T00:00:00Z"}})
+    made = standing.master.submit({"scenario": "x"}, {"id": "again", "status": "processing"})
+    text = json.dumps({"job": {**job, "retry_count": 0, "created_at": made["created_at"]}})
     served = [0]
 
     def answer(handler: Handler) -> None:
@@ -275,7 +280,7 @@ def test_the_same_job_a_thousand_times(standing: Target, front: Front) -> None:
 
 def test_a_job_a_thousand_times_under_new_numbers(standing: Target, front: Front) -> None:
     """Each is an acceptance of its own, that fails at once: the record of it stays small."""
-    standing.master.store.submit({"scenario": "x"}, {"id": "anew", "status": "processing"})
+    standing.master.submit({"scenario": "x"}, {"id": "anew", "status": "processing"})
     served = [0]
 
     def answer(handler: Handler) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -12,26 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.attack.conftest import MEDIA, intruding
+from tests.attack.conftest import intruding
 from tests.attack.sharing import (
     ELSEWHERE,
     INPUT,
     STRANGER,
     Scene,
+    assert_good,
     attacked,
     give_away,
-    reading,
-    seconds_of,
+    ids_of,
+    ours,
     swapping,
     writing,
 )
 from tests.e2e.conftest import WORK_DIR
-from tests.e2e.surroundings import drop_in
 
 CASE = WORK_DIR / "case"
 JOBS_IN_A_RACE = 20
-HELD, FLOODED = 1_000_000, 2_000_000
-"""The bitrates of jobs that wait until they are let go."""
+HELD = 1_000_000
+"""The bitrate of a job that waits until it is let go."""
 
 Maker = Callable[[Path], object]
 
@@ -55,65 +53,10 @@ def case() -> Iterator[Path]:
     shutil.rmtree(CASE)
 
 
-def ours(path: Path) -> None:
-    """An older output."""
-    path.write_bytes(b"older")
-    os.chown(path, *_ids("ffmpeg-worker"))
-
-
-def _ids(name: str) -> tuple[int, int]:
-    return pwd.getpwnam(name).pw_uid, grp.getgrnam(name).gr_gid
-
-
-def assert_good(path: Path, owner: tuple[int, int] | None = None) -> None:
-    """A whole video with the owner and mode of an output, and nothing else of it."""
-    found = path.lstat()
-    assert stat.S_ISREG(found.st_mode)
-    assert stat.S_IMODE(found.st_mode) == 0o644
-    assert found.st_nlink == 1
-    assert (found.st_uid, found.st_gid) == (owner or _ids("ffmpeg-worker"))
-    assert seconds_of(path) == pytest.approx(1, abs=0.2)
-    assert list(path.parent.glob(".*")) == []
-
-
 OUTSIDE, OWN = "lies outside of OUTPUT_DIRS", "is the worker's own"
 AMONG = "is among the worker's own files"
 DOTS, ABSOLUTE = "must not contain . or ..", "must be an absolute path"
 A_LINK, NOT_OURS = "it is a symbolic link", "outputs replace only what belongs to ffmpeg-worker"
-
-
-# Before all that share a worker: there is one service.
-def test_another_owner_and_another_file_system() -> None:
-    """As configured: a user without a name, on what is not the work directory's file system."""
-    folder = Path("/run/outputs")
-    folder.mkdir(mode=0o755)
-    config = {"OUTPUT_OWNER": "12345:54321", "OUTPUT_DIRS": f"{WORK_DIR}:{folder}"}
-    with drop_in(f"ReadWritePaths={folder}"), attacked(**config) as scene:
-        assert folder.stat().st_dev != WORK_DIR.stat().st_dev
-        for target in (WORK_DIR / "owned.mp4", folder / "x.mp4", folder / "x.mp4"):
-            scene.take_note()
-            result = scene.run(writing(target))
-            assert result["status"] == "completed", result
-            assert_good(target, (12345, 54321))
-            scene.unharmed(*([target] if target.is_relative_to(WORK_DIR) else []))
-        (folder / "link.mp4").symlink_to("/etc/passwd")
-        scene.refused(writing(folder / "link.mp4"), A_LINK)
-        ours(folder / "old.mp4")
-        scene.refused(writing(folder / "old.mp4"), "outputs replace only what belongs to 12345")
-    (WORK_DIR / "owned.mp4").unlink()
-    shutil.rmtree(folder)
-
-
-def test_what_is_ours_alone_where_media_are_the_work_directory() -> None:
-    """INPUT_DIRS as wide as it goes."""
-    with attacked(INPUT_DIRS=str(WORK_DIR)) as scene:
-        odd = WORK_DIR / "odd.mp4"
-        for name in ("ledger.db", "jobs/x/files/output.mp4", "root/x", "control.sock"):
-            scene.refused(reading(WORK_DIR / name), OWN)
-            odd.symlink_to(WORK_DIR / name)
-            scene.refused(reading(odd), AMONG)
-            odd.unlink()
-        scene.refused(reading(WORK_DIR), OUTSIDE.replace("OUTPUT", "INPUT"))
 
 
 REFUSED = {
@@ -204,7 +147,11 @@ TAKEN: dict[str, tuple[str, Maker, str]] = {
     ),
     "ours with two names": ("x.mp4", hard_linked, "it has other names (hard links), too"),
     "a stranger's": ("x.mp4", of(STRANGER, STRANGER), NOT_OURS),
-    "of our group": ("x.mp4", lambda path: of(STRANGER, _ids("ffmpeg-worker")[1])(path), NOT_OURS),
+    "of our group": (
+        "x.mp4",
+        lambda path: of(STRANGER, ids_of("ffmpeg-worker")[1])(path),
+        NOT_OURS,
+    ),
     "root's": ("x.mp4", of(0), NOT_OURS),
     "folder leads out": ("out/x.mp4", lambda path: link(ELSEWHERE)(path.parent), OUTSIDE),
     "folder leads to etc": ("out/x.mp4", lambda path: link("/etc")(path.parent), OUTSIDE),

@@ -52,7 +52,7 @@ for unit in [line.split()[0] for line in units.splitlines()]:
     for command in (["systemctl", "show", "--all", unit], ["systemctl", "cat", unit],
                     ["systemctl", "status", "--full", "--lines=1000", unit]):
         sys.stdout.buffer.write(subprocess.run(command, capture_output=True).stdout)
-for top in ("/run", "/var/lib/ffmpeg-worker", "/var/log", "/etc", "/tmp", "/var/tmp"):
+for top in ("/run", "/var/lib/ffmpeg-worker", "/var/log", "/etc", "/tmp"):
     for folder, _, files in os.walk(top):
         for name in files:
             path = pathlib.Path(folder, name)
@@ -123,8 +123,8 @@ def told(guarded: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     seen: dict[str, Any] = {}
     folder = tmp_path_factory.mktemp("rtmp")
     with RtmpServer(folder) as server, Server() as http:
-        http.hold.clear()
         for name, job in jobs(server, http).items():
+            http.hold.clear()
             job_id = target.master.submit(job)["id"]
             unit = running(job_id)
             if name == "an input":
@@ -144,7 +144,7 @@ def told(guarded: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         target.master.wait(refused["id"], 60)
         for field in ("rtmp_url", "input", "stream_key", "output"):  # each of them an error
             wrong = parameters(output_mode="rtmp" if "r" in field[:2] else "file")
-            wrong["parameters"][field] = "x://user:{RTMP password}@h/{stream key}\n".format(
+            wrong["parameters"][field] = "rtmp://user:{RTMP password}@h/live/{stream key}\n".format(
                 **SECRETS
             )
             target.master.wait(target.master.submit(wrong)["id"], 60)

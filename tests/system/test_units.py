@@ -24,7 +24,7 @@ def run(*command: str | Path) -> str:
 
 
 def test_shipped_units_are_understood(tmp_path: Path) -> None:
-    copies = [tmp_path / unit.name for unit in UNITS.iterdir()]
+    copies = [tmp_path / unit.name for unit in UNITS.glob("*.s*ice")]
     for copy in copies:
         text = (UNITS / copy.name).read_text()
         copy.write_text(text.replace("/usr/local/bin/ffmpeg-worker", "/bin/true"))
