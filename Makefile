@@ -59,7 +59,7 @@ test: as-root setup wheels
 	$(PY) -m pytest $(PYTEST_ARGS) tests/bed || status=1; \
 	echo "== on a real systemd"; \
 	$(PY) tests/bed/bed.py run -- \
-	  $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/system tests/e2e tests/chaos \
+	  $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/system tests/e2e tests/attack tests/chaos \
 	  || status=1; \
 	exit $$status
 

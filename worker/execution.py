@@ -394,6 +394,10 @@ class Execution:
         logger.info("job %s: streaming to %s", self.job.id, redact(output.url))
         if isinstance(spec.source, GeneratedInput):
             self._expected_sec = spec.source.duration_sec
+        begun = self._records.recorded(Step.MAIN) is not None
+        if self._given is not None and not self._given.steady and not begun:
+            # What is sent cannot be taken back, should it turn out to be another file.
+            self._given = await asyncio.to_thread(space.pin, self._given)
         source = self._source(space, spec)
         # What is secret in the URL stands in a file: a command line can be read by everybody.
         hidden = ffmpeg.stream_secrets(spec)

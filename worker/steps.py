@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from worker import workspace
 from worker.acceptance import StepRecords, boot_id
@@ -38,6 +39,7 @@ from worker.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
+_Number = TypeVar("_Number", int, float)
 PROBE_TIMEOUT_SEC = 120
 PROBE_OUTPUT_BYTES = 1024 * 1024
 STREAM_FILES_MB = 2048
@@ -255,10 +257,14 @@ class Steps:
         if is_stream and plan.output is not None:
             log_text = without_key(log_text, plan.output)
         log = read_log(log_text)
+        wall = state.wall_seconds
+        if wall is None:
+            wall = time.monotonic() - asked
         usage = usage.merged(
-            # ffmpeg's own account of itself, the only one of a job that ends within a second.
+            # ffmpeg's own account of itself, the only one of a job that ends within a second. No
+            # more than can be: a job that was taken over may have written anything.
             Usage(
-                cpu_seconds=log.bench_cpu_seconds,
+                cpu_seconds=_at_most(log.bench_cpu_seconds, (wall + 1) * (os.cpu_count() or 1)),
                 # Counts shared libraries in full, though the kernel charges them to whoever used
                 # them first, so it can be above the limit without any harm.
                 memory_peak_bytes=_at_most(log.bench_maxrss_bytes, launch.limits.memory_bytes),
@@ -282,9 +288,6 @@ class Steps:
                 f"{plan.program} ended and left {len(left_behind)} processes behind; they are "
                 "ended, and nothing of the job is used",
             )
-        wall = state.wall_seconds
-        if wall is None:
-            wall = time.monotonic() - asked
         return StepRun(
             unit=unit.name,
             outcome=outcome,
@@ -402,7 +405,7 @@ class Steps:
         task.add_done_callback(self._tasks.discard)
 
 
-def _at_most(value: int | None, limit: int | None) -> int | None:
+def _at_most(value: _Number | None, limit: _Number | None) -> _Number | None:
     return value if value is None or limit is None else min(value, limit)
 
 

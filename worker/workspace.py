@@ -9,16 +9,21 @@ for the job; a folder without a lock was left behind by a crash.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from worker.errors import JobError, Reason, WorkerError
 from worker.files import handover, removal
-from worker.files.opening import closing, identity, open_folder, reason
+from worker.files.beneath import InputFile, opened
+from worker.files.handover import READABLE, own
+from worker.files.opening import closing, identity, magic, open_folder, reason
 from worker.files.publish import drop_other_name
 from worker.files.reading import read_ends, read_tail, size_of
 from worker.files.removal import remove_tree
@@ -121,6 +126,27 @@ class Workspace:
     def output(self, suffix: str) -> Path:
         """Where the job writes its output."""
         return self.files / f"output{suffix}"
+
+    def pin(self, found: InputFile) -> InputFile:
+        """An input that nobody can replace any more: its file under a name of ours, or a copy.
+
+        Raises OSError.
+        """
+        path = self.path / f"given{found.path.suffix}"
+        path.unlink(missing_ok=True)
+        with opened(found) as fd:
+            try:
+                # With a folder's descriptor this is linkat(2), which can follow a link.
+                os.link(magic(fd), path.name, dst_dir_fd=self._lock, follow_symlinks=True)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                    raise
+                with os.fdopen(os.dup(fd), "rb") as source, path.open("xb") as copy:
+                    shutil.copyfileobj(source, copy, 1024 * 1024)
+                    if self._group is not None:
+                        own(copy.fileno(), os.geteuid(), self._group, READABLE)
+        status = path.stat()
+        return replace(found, path=path, device=status.st_dev, inode=status.st_ino, steady=True)
 
     def take_input(self) -> int | None:
         """Make the test input ours, for the next unit to read; its size, None if there is none.

@@ -125,7 +125,7 @@ def installed() -> Iterator[None]:
     sh("systemctl", "daemon-reload")
     yield
     for unit in (*(ROOT / "units").glob("*.slice"), Path(SERVICE)):
-        (UNITS / unit.name).unlink()
+        (UNITS / unit.name).unlink(missing_ok=True)
     sh("systemctl", "daemon-reload")
 
 

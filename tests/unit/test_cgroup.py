@@ -129,7 +129,8 @@ def test_a_record_says_the_same_as_a_sample(
     record = subprocess.run(grep, capture_output=True, text=True)
     assert record.stderr == ""
     text = record.stdout.replace(str(tmp_path), CGROUP_ROOT)
-    assert parse_record(text) == meter.sample(group)
+    files = [path.replace(str(tmp_path), CGROUP_ROOT) for path in meter.record_files(group)]
+    assert parse_record(text, files) == meter.sample(group)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +148,8 @@ def test_a_record_after_a_line_without_end_loses_nothing(
     assert path.endswith(f"/a/{first}")
     path = path.replace(str(tmp_path), CGROUP_ROOT)
     record = "".join(f"{path}:{line}\n" for line in lost.splitlines())
-    assert parse_record(f"frame=12{record}").oom_kills == 2
-    assert parse_record(f"frame=12{record}") == parse_record(record)
+    assert parse_record(f"frame=12{record}", [path]).oom_kills == 2
+    assert parse_record(f"frame=12{record}", [path]) == parse_record(record, [path])
 
 
 def test_gone(tmp_path: Path) -> None:

@@ -569,6 +569,23 @@ async def test_the_way_of_a_stream(
     assert "level+quiet" in launch.argv
 
 
+async def test_what_is_streamed_cannot_be_swapped(
+    make: Callable[..., Execution], theatre: Theatre, tmp_path: Path
+) -> None:
+    folder = tmp_path / "everybodys"
+    folder.mkdir()
+    folder.chmod(0o777)
+    source = folder / "in.mp4"
+    source.write_text("video")
+    await finish(make(STREAM | {"input": str(source), "rtmp_url": "rtmp://h/app"}), theatre)
+    [launch] = theatre.launches
+    assert launch.sandbox is not None
+    given = tmp_path / "work/jobs/j/given.mp4"
+    assert given in launch.sandbox.readable
+    assert source not in launch.sandbox.readable
+    assert f"file:{given}" in launch.argv
+
+
 async def test_a_given_file_is_streamed(
     make: Callable[..., Execution], theatre: Theatre, tmp_path: Path
 ) -> None:

@@ -50,17 +50,33 @@ V1_USAGE = Usage(0.03329, 31457280, 4100, 100, 1, 103, 2, 0.018091)
 V2_USAGE = Usage(2.5, 1048576, 11, 22, 2, 1, 0, 1.44858, 0.0005, 0.0)
 
 
+def files_of(text: str) -> list[str]:
+    paths = (line.partition(":")[0] for line in text.splitlines() if line.startswith("/"))
+    return list(dict.fromkeys(paths))
+
+
+def record_of(text: str) -> Usage:
+    return parse_record(text, files_of(text))
+
+
+PATHS = ["/etc/passwd", "/sys/fs/cgroup/a/cpu.stat", "/sys/fs/cgroup/a/memory.peak"]
+
+
 @pytest.mark.parametrize(("text", "expected"), [(V1, V1_USAGE), (V2, V2_USAGE), ("", Usage())])
 def test_a_record(text: str, expected: Usage) -> None:
-    assert parse_record(text) == expected
+    assert record_of(text) == expected
 
 
 @pytest.mark.parametrize("text", [V1, V2])
-def test_a_second_record_is_of_an_empty_cgroup(text: str) -> None:
+def test_what_the_job_wrote_before_is_none_of_the_record(text: str) -> None:
     lines = [line for line in text.splitlines() if line.startswith("/")]
     # Larger figures, so that they cannot but be noticed if they are read.
-    emptied = "\n".join(re.sub(r"\d+$", "99999999999", line) for line in lines)
-    assert parse_record(text + emptied + "\n") == parse_record(text)
+    forged = "\n".join(re.sub(r"\d+$", "99999999999", line) for line in lines) + "\n"
+    record = "".join(f"{line}\n" for line in lines)
+    assert record_of(forged + record) == record_of(text)
+    last = f"{files_of(text)[-1]}:max 99999999999\n"
+    other = "/sys/fs/cgroup/b/memory.peak:99999999999\n"
+    assert record_of(forged + last + other + record) == record_of(text)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +96,7 @@ def test_a_second_record_is_of_an_empty_cgroup(text: str) -> None:
     ],
 )
 def test_what_is_no_counter_counts_nothing(text: str) -> None:
-    assert parse_record(text) == Usage()
+    assert parse_record(text, PATHS) == Usage()
 
 
 def test_what_a_process_says() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -12,6 +13,7 @@ import pytest
 
 from worker import workspace
 from worker.errors import JobError, Reason, WorkerError
+from worker.files.beneath import resolve_input
 from worker.files.publish import publish
 from worker.workspace import Workspace
 
@@ -237,3 +239,27 @@ def test_a_note_of_an_earlier_version(tmp_path: Path) -> None:
     (space.path / "publishing.json").write_text(json.dumps(note))
     assert space.published() == tmp_path / "x.mp4"
     space.remove()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_pinned_input_stays_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
+) -> None:
+    def refuse(*_args: object, **_more: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if copied:
+        monkeypatch.setattr(os, "link", refuse)
+    source = tmp_path / "in.mp4"
+    source.write_text("good")
+    found = resolve_input(source, [tmp_path], gid=None)
+    space = Workspace.create(tmp_path / "jobs", "x", a_group())
+    pinned = space.pin(found)
+    assert (pinned.path.stat().st_nlink == 1) == copied
+    source.rename(tmp_path / "away.mp4")
+    source.write_text("another")
+    assert pinned.steady
+    assert pinned.path.parent == space.path
+    assert pinned.path.read_text() == "good"
+    with pytest.raises(OSError, match="replaced meanwhile"):
+        space.pin(found)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from worker.errors import JobError, Reason
 from worker.files.handover import ACL
-from worker.files.opening import FILE, LOOK, closing, magic, reopen
+from worker.files.opening import FILE, LOOK, closing, identity, magic, reopen
 
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """What a job may not have in the path that it names; nor in one that a link leads to."""
@@ -93,6 +93,16 @@ def resolve_input(
         raise JobError(Reason.INPUT_ERROR, f"input {path} is empty")
     steady = is_steady([*above, found])
     return InputFile(real, found.st_size, found.st_dev, found.st_ino, steady)
+
+
+@contextlib.contextmanager
+def opened(found: InputFile) -> Iterator[int]:
+    """Open the input that was found. Raises OSError if another one has its path by now."""
+    with walk(found.path.parent) as (folder, _), closing(_look(found.path.name, folder)) as handle:
+        if identity(os.fstat(handle)) != (found.device, found.inode):
+            raise OSError(errno.ESTALE, "it was replaced meanwhile")
+        with closing(reopen(handle, FILE)) as fd:
+            yield fd
 
 
 def is_that_file(pid: int, found: InputFile) -> bool | None:

@@ -23,6 +23,7 @@ from worker.files.owner import Owner, owner_of
 __all__ = ["Owner", "check_output", "drop_other_name", "owner_of", "publish"]
 
 PUBLISHED = 0o644
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What link(2) says on a file system without hard links."""
 
@@ -101,10 +102,11 @@ def _publish_copy(source: int, place: Place, owner: Owner | None, note: Note | N
     # after the source, so that an agent that died over it is followed by one that finds it.
     start = os.fsencode(place.name)[:200].decode(errors="ignore")
     part = place.path.with_name(f".{start}.{os.fstat(source).st_ino:x}.part")
-    with contextlib.suppress(FileNotFoundError):
+    try:
+        fd = os.open(part.name, _NEW, 0o600, dir_fd=place.folder)
+    except FileExistsError:
         os.unlink(part.name, dir_fd=place.folder)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(part.name, flags, 0o600, dir_fd=place.folder)
+        fd = os.open(part.name, _NEW, 0o600, dir_fd=place.folder)
     try:
         with os.fdopen(fd, "wb") as copy, os.fdopen(os.dup(source), "rb") as original:
             original.seek(0)

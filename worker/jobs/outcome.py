@@ -9,7 +9,11 @@ from worker.errors import JobError, Reason
 from worker.jobs.text import redact, shortened, without_requeue_words
 from worker.printable import escape
 
-_OWN_FAULT = frozenset({Reason.USER_ERROR, Reason.INPUT_ERROR, Reason.CAPABILITY_MISMATCH})
+_OWN_FAULT = frozenset(
+    {Reason.USER_ERROR, Reason.INPUT_ERROR, Reason.CAPABILITY_MISMATCH}
+    # What ffmpeg said is quoted here, too, and a hostile input may have had the words put in.
+    | {Reason.RUNTIME_ERROR, Reason.RESOURCE_ERROR}
+)
 _ERROR_LIMIT = 1000
 
 

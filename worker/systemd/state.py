@@ -112,6 +112,11 @@ class UnitState:
         return self.active_state == "active" and self.sub_state == "exited"
 
     @property
+    def ended_well(self) -> bool:
+        """The process exited by itself, with a status of success."""
+        return self.exec_main_code == _CLD_EXITED and self.result == "success"
+
+    @property
     def exec_failed(self) -> bool:
         """The exit status is one by which systemd reports that it could not run the program.
 

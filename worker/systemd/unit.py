@@ -84,7 +84,10 @@ class Unit:
 
         To be asked after the end and before reap(), which drops systemd's part of it.
         """
-        self._usage = self._usage.merged(parse_record(self._output_end()))
+        if not self.state.ended_well:  # else there is none, but for what the job may have written
+            launcher = self._launcher
+            files = launcher.meter.record_files(launcher.control_group(self.launch))
+            self._usage = self._usage.merged(parse_record(self._output_end(), files))
         if not self.state.vanished:
             self._usage = self._usage.merged(await self._accounting())
         return self._usage
@@ -161,7 +164,7 @@ class Unit:
                 raise value
             elif (number := counter(value)) is not None:
                 known[name] = number
-            elif self.state.exec_main_code == 1 and self.state.result == "success":
+            elif self.state.ended_well:
                 # Its cgroup was there until its end: this machine counts that for no unit.
                 self._launcher.never_counted.add(name)
         nsec = known.get("CPUUsageNSec")

@@ -8,7 +8,7 @@ the unit's cgroup and appends the lines to the unit's standard output.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -128,21 +128,24 @@ def parse_files(files: Iterable[tuple[str, str]]) -> Usage:
     return Usage(**found)
 
 
-def parse_record(text: str) -> Usage:
-    """The usage record in a unit's standard output; an empty Usage if there is none.
+def parse_record(text: str, record_files: Sequence[str]) -> Usage:
+    """The usage record at the end of a unit's standard output; an empty Usage if there is none.
 
-    Reads the first record: when a failed unit is stopped, the same command may run again, in a
-    new and empty cgroup. Lines that are not of a record are skipped.
+    ``record_files`` are the files that it was made of, in their order. What stands above them was
+    written by the unit itself, which may have written what looks like a record: so this reads
+    from the end, and no further than to the first line of the first file.
     """
+    order = {path: place for place, path in enumerate(record_files)}
     files: dict[str, list[str]] = {}
     seen: set[str] = set()
-    for line in text.splitlines():
-        path, colon, value = line.partition(":")
-        if not colon or not path.startswith(f"{CGROUP_ROOT}/"):
-            continue
-        if line_key(path, value) in seen:
+    place = len(order)
+    for line in reversed(text.splitlines()):
+        path, _, value = line.partition(":")
+        key = line_key(path, value)
+        if order.get(path, len(order)) > place or path not in order or key in seen:
             break
-        seen.add(line_key(path, value))
+        place = order[path]
+        seen.add(key)
         files.setdefault(path, []).append(value)
     return parse_files((path.rpartition("/")[2], "\n".join(lines)) for path, lines in files.items())
 
