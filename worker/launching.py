@@ -55,6 +55,7 @@ def launch_of(
         stdout=space.stdout(step),
         environment=ffmpeg.report_environment(space.log(step)),
         working_directory=space.files,
+        usage_record=step is not Step.PROBE,
         sandbox=Sandbox(
             root=site.root,
             folder=space.files,

@@ -30,7 +30,7 @@ UNIT = unit_name(JOB_ID)
 Wire = list[list[Any]]
 """Properties as StartTransientUnit takes them: names and variants."""
 
-_DROPPED = frozenset({"ExecStart", "RemainAfterExit", "LimitFSIZESoft"})
+_DROPPED = frozenset({"ExecStart", "RemainAfterExit"})
 _RENAMED = {"CPUQuotaPerSecUSec": "CPUQuota", "StandardOutputFileToAppend": "StandardOutput"}
 
 
@@ -91,7 +91,7 @@ def systemd_run(wire: Wire, unit: str) -> tuple[list[str], list[str]]:
     command += [f"--unit={unit}"]
     missing = []
     for name, variant in wire:
-        if name in _DROPPED:
+        if name in _DROPPED or re.fullmatch("Limit[A-Z]+Soft", name):
             continue
         texts = list(_as_text(name, variant.signature, variant.value))
         if not texts:
@@ -112,6 +112,12 @@ def _as_text(name: str, signature: str, value: Any) -> Iterator[str]:
             yield f"{setting}={value:04o}"
         case "CapabilityBoundingSet" | "AmbientCapabilities", "t" if value == 0:
             yield f"{setting}="
+        case "RestrictNamespaces", _ if value == 0:
+            yield f"{setting}=yes"
+        case "IPAddressDeny", _ if [row[2] for row in value] == [0, 0]:
+            yield f"{setting}=any"
+        case "TemporaryFileSystem", _:
+            yield f"{setting}={' '.join(f'{path}:{options}' for path, options in value)}"
         case _, "b":
             yield f"{setting}={'yes' if value else 'no'}"
         case _, "t" if name.endswith("USec"):

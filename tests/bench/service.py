@@ -86,6 +86,7 @@ class Service:
             "STOP_GRACE": "0s",
             "INPUT_DIRS": _FILES.replace(" ", ":"),
             "OUTPUT_DIRS": _FILES.replace(" ", ":"),
+            "OUTPUT_OWNER": "root",
             **config,
         }
         self._config = "".join(f"{key}={value}\n" for key, value in settings.items())
@@ -184,7 +185,7 @@ def quick_programs(folder: Path, media: Path) -> Path:
     """An ffmpeg that copies a finished video, and an ffprobe that knows what is in it."""
     from worker.jobs.ffmpeg import probe_command
 
-    answer = folder / "answer.json"
+    answer = _programs_folder(folder) / "answer.json"
     answer.write_text(sh(*probe_command(shutil.which("ffprobe") or "ffprobe", media)))
     work = f'echo progress=end; exec cp {media} "${{last#file:}}"'
     return _programs(folder, "copies a file", work, f"exec cat {answer}")
@@ -192,14 +193,20 @@ def quick_programs(folder: Path, media: Path) -> Path:
 
 def endless_programs(folder: Path) -> Path:
     """An ffmpeg that has run for minutes, by its output, and never ends by itself."""
-    told = folder / "progress.txt"
+    told = _programs_folder(folder) / "progress.txt"
     told.write_text("".join(map(_PROGRESS.format, range(100))))
     return _programs(folder, "sleeps", f"cat {told}; exec sleep 100000", "exit 1")
 
 
-def _programs(folder: Path, what: str, work: str, probe: str) -> Path:
+def _programs_folder(folder: Path) -> Path:
+    """Jobs see what lies in the folder of their programs."""
     path = folder / "programs"
-    path.mkdir()
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def _programs(folder: Path, what: str, work: str, probe: str) -> Path:
+    path = _programs_folder(folder)
     for name, text in (
         ("ffmpeg", _STAND_IN.format(what=what, work=work)),
         ("ffprobe", f"#!/bin/sh\n{probe}\n"),

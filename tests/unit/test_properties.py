@@ -152,3 +152,9 @@ def test_a_description_stays_one_line() -> None:
 def test_what_cannot_be_sent_is_named(changes: dict[str, object], text: str) -> None:
     with pytest.raises(SystemdError, match=text):
         table(replace(LAUNCH, **changes))  # type: ignore[arg-type]
+
+
+def test_a_unit_without_a_usage_record() -> None:
+    options = {"grep": "/usr/bin/grep", "record_files": ["/sys/fs/cgroup/a/memory.events"]}
+    assert "ExecStopPost" in table(LAUNCH, **options)
+    assert "ExecStopPost" not in table(replace(LAUNCH, usage_record=False), **options)

@@ -66,6 +66,9 @@ class Launch:
     """How readily the kernel ends it when the machine has no memory left, -1000 to 1000."""
     environment: Mapping[str, str] = field(default_factory=dict)
     working_directory: Path | None = None
+    usage_record: bool = True
+    """Write down the counters of its cgroup when it fails (see usage.py). It costs what a start
+    costs, also for a unit that ended well, when that is unloaded."""
     sandbox: Sandbox | None = None
     """None: a program that nothing hostile can have a say in."""
     syslog_identifier: str = "ffmpeg-job"

@@ -91,7 +91,7 @@ def properties(
         result.append(Property("Environment", "as", block))
     if launch.working_directory is not None:
         result.append(Property("WorkingDirectory", "s", str(launch.working_directory)))
-    if grep and record_files:
+    if grep and record_files and launch.usage_record:
         # Runs inside the unit's cgroup, after a failure, just before that is removed: the only
         # moment at which the counters are final and still there. Its failure is ignored.
         argv = [grep, "-sH", ".", *record_files]
