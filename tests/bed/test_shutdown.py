@@ -56,7 +56,7 @@ class Machine:
             host_network=True,
         )
         self._bed.up()
-        self._bed.run(["systemd-sysusers", accounts.SYSUSERS], check=True)
+        self._bed.run(["systemd-sysusers", str(accounts.SYSUSERS)], check=True)
         for unit in (ROOT / "units").glob("*.s*ice"):
             text = unit.read_text()
             text = text.replace("/usr/local/bin", str(ROOT / ".venv/bin"))

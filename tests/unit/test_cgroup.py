@@ -129,8 +129,8 @@ def test_a_record_says_the_same_as_a_sample(
     record = subprocess.run(grep, capture_output=True, text=True)
     assert record.stderr == ""
     text = record.stdout.replace(str(tmp_path), CGROUP_ROOT)
-    files = [path.replace(str(tmp_path), CGROUP_ROOT) for path in meter.record_files(group)]
-    assert parse_record(text, files) == meter.sample(group)
+    paths = [path.replace(str(tmp_path), CGROUP_ROOT) for path in meter.record_files(group)]
+    assert parse_record(text, paths) == meter.sample(group)
 
 
 @pytest.mark.parametrize(

@@ -148,9 +148,7 @@ def test_a_job_without_a_uid_of_its_own_cannot_signal_those_that_share_it() -> N
     found = values(JOB, user=True)
     assert not {"DynamicUser", "Group", "SupplementaryGroups", "PrivateIPC"} & found.keys()
     rows = [
-        item.value
-        for item in sandbox_properties(JOB, user=True)
-        if item.name == "SystemCallFilter"
+        item.value for item in sandbox_properties(JOB, user=True) if item.name == "SystemCallFilter"
     ]
     assert isinstance(rows[2], list)
     assert {"kill", "tgkill", "pidfd_send_signal", "prlimit64", "shmget"} <= set(rows[2][1])
