@@ -443,7 +443,8 @@ async def test_closing_ends_an_order_that_waits_for_the_bus(
 async def test_a_usage_record_of_an_earlier_unit_is_not_read(
     systemd: Systemd, launcher: Launcher, launch: Launch
 ) -> None:
-    record = "/sys/fs/cgroup/x/memory.events:oom_kill {}\n"
+    path = launcher.meter.record_files(launcher.control_group(launch))[0]
+    record = path + ":oom_kill {}\n"
     launch.stdout.write_text(record.format(16))
     unit = await launcher.start(launch)
     with launch.stdout.open("a") as file:
