@@ -175,7 +175,9 @@ def test_what_is_left_when_jobs_are_over(guarded: Target, told: dict[str, Any]) 
         assert found(guarded.worker.get(path)[1]) == set(), path
     assert found(seen_by_a_user()) == set()
     sh("journalctl", "--sync")
-    everything = sh("journalctl", "-b", "-o", "export", "--all")
+    everything = subprocess.run(
+        ["journalctl", "-b", "-o", "export", "--all"], capture_output=True, check=True
+    ).stdout.decode(errors="replace")
     # journald notes the command line of whoever writes, as it is.
     of_its_own = [line for line in everything.splitlines() if not line.startswith("_CMDLINE=")]
     assert found("\n".join(of_its_own)) == set()

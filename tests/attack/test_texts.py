@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,13 +297,3 @@ def test_what_a_job_says_that_was_taken_over(talker: Target) -> None:
     shown = sh("journalctl", "-b", "--no-pager", "-o", "short", "-u", unit)
     assert [char for char in strange(shown) if int(char[2:], 16) < 0xA0] == []
     talker.unharmed()
-
-
-def test_the_bare_journal_of_a_job_that_was_taken_over(talker: Target) -> None:
-    """``-o cat`` has nothing that drives a terminal, either."""
-    result = talker.run(parameters(input=f"{MEDIA}/in.mp4"))
-    unit = result["metrics"]["unit"]
-    sh("journalctl", "--sync")
-    command = ["journalctl", "-b", "--no-pager", "-o", "cat", "-u", unit]
-    text = subprocess.run(command, capture_output=True, check=True).stdout.decode(errors="replace")
-    assert strange(text) == []

@@ -167,7 +167,7 @@ def test_the_figures_are_those_of_the_same_command_by_hand(
     # Both count what was read while the unit was set up.
     less = metrics["io_read_bytes"] - part["io_read_bytes"]
     assert part["io_read_bytes"] > 2**14
-    assert less > source.stat().st_size / 2
+    assert less > source.stat().st_size / 4
 
 
 def test_limits_that_are_too_small(
@@ -175,7 +175,7 @@ def test_limits_that_are_too_small(
 ) -> None:
     worker.start(master)
     source = str(media / "plain.mp4")
-    for megabytes in (1, 2, 4, 8):  # with the smallest not even the program gets loaded
+    for megabytes in (4, 8, 16):  # with the smallest not even the program gets loaded
         result = run(master, input=source, resource_limits={"max_memory_mb": megabytes})
 
         expected = f"resource_error: memory limit of {megabytes} MB exceeded"
