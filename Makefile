@@ -4,6 +4,7 @@
 # make chaos   kill and break everything around 200 jobs; writes docs/failures.md (12 min; CHAOS_ARGS="--seed N")
 # make test-vm the systemd and service tests on cgroup v2, in an emulated Debian: PART=v2 (3 min),
 #              core (12 min; the default), all (an hour and a half); SUITE=trixie
+# make attack  hostile jobs, masters and neighbours against the worker as shipped (8 min)
 # make fuzz    a million hostile jobs against all that is made of a job (FUZZ_ARGS="--count N --seed S")
 # make lint    ruff and mypy
 # make setup   .venv/bin/ffmpeg-worker, and the packages of the distribution it needs
@@ -20,7 +21,7 @@ SUITE ?= bookworm
 PART ?= core
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: setup wheels demo test chaos test-vm bench fuzz lint clean as-root
+.PHONY: setup wheels demo test attack chaos test-vm bench fuzz lint clean as-root
 
 # Said at once, not after minutes of setup.
 as-root:
@@ -59,9 +60,12 @@ test: as-root setup wheels
 	$(PY) -m pytest $(PYTEST_ARGS) tests/bed || status=1; \
 	echo "== on a real systemd"; \
 	$(PY) tests/bed/bed.py run -- \
-	  $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/system tests/e2e tests/attack tests/chaos \
+	  $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/system tests/e2e tests/chaos \
 	  || status=1; \
 	exit $$status
+
+attack: as-root setup
+	@$(PY) tests/bed/bed.py run -- $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/attack
 
 # What it writes is a document only if nothing was wrong.
 chaos: as-root setup
