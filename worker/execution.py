@@ -8,7 +8,6 @@ record of it, its units and its files tell how far it got.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import signal
 import time
@@ -23,9 +22,9 @@ from worker.acceptance import NoRecords, StepRecords
 from worker.config import Settings
 from worker.diskwatch import DiskWatch
 from worker.errors import JobError, LedgerError, Reason, SystemdError
-from worker.files.beneath import InputFile, kept_files, resolve_input
-from worker.files.publish import check_output, publish
+from worker.files.beneath import InputFile
 from worker.following import Left
+from worker.jobfiles import JobFiles, suffix_of
 from worker.jobs import ffmpeg, probe, streams
 from worker.jobs.capabilities import Capabilities
 from worker.jobs.judge import CLD_EXITED
@@ -35,9 +34,7 @@ from worker.jobs.progress import Progress, parse_progress
 from worker.jobs.report import JobRun, build_result
 from worker.jobs.spec import FileInput, GeneratedInput, JobSpec, Limits, StreamOutput
 from worker.jobs.text import redact
-from worker.launching import MIB
 from worker.master.wire import Job, JobResult
-from worker.node import disk
 from worker.programs import Programs
 from worker.site import Site
 from worker.steps import StepRun, Steps
@@ -101,6 +98,7 @@ class Execution:
         self._site = site
         self._on_progress = on_progress
         self._name = safe_id(job.id)
+        self._files = JobFiles(job.id, self._name, settings, site)
         self._workspace: Workspace | None = None
         self._records = records or NoRecords()
         self._accepted_at = time.time() if accepted_at is None else accepted_at
@@ -254,18 +252,18 @@ class Execution:
             await self._generate(space, spec)
         main = await self._transcode(space, spec)
         if not main.outcome.completed:
-            self._staged_bytes = workspace.size_of(space.output(_suffix(spec)))
+            self._staged_bytes = workspace.size_of(space.output(suffix_of(spec)))
             if main.outcome.reason is Reason.RUNTIME_ERROR:
-                self._check_full(main.outcome)
+                self._files.require_not_full(main.outcome)
             return main.outcome
         published = space.published()
-        made = published or space.take_output(_suffix(spec))
+        made = published or space.take_output(suffix_of(spec))
         if made is None:
             raise JobError(Reason.RUNTIME_ERROR, "ffmpeg ended well but left no output")
         self._staged_bytes = self._output_bytes = workspace.size_of(made)
         await self._check(space, spec, made, main)
         if published is None:
-            await self._publish(space, spec, made)
+            await self._files.publish(made, spec, space.publishing)
         return main.outcome
 
     def _look_before(self, spec: JobSpec) -> None:
@@ -273,80 +271,17 @@ class Execution:
         for note in spec.notes:
             logger.info("job %s: %s", self.job.id, note)
         if isinstance(spec.source, FileInput):
-            self._given = self._find(spec.source)
+            self._given = self._files.find(spec.source)
             self._input_bytes = self._given.size
-        if isinstance(spec.output, Path):
-            check_output(spec.output, self._given, **self._rules(spec))
-        if not isinstance(spec.output, StreamOutput):
-            self._check_disk(spec)
+        self._files.require_room(spec, self._given)
 
     def _look_again(self, spec: JobSpec) -> None:
         """The input as it is now, for a unit that was to be started and was not."""
         if isinstance(spec.source, FileInput):
             try:
-                self._given = self._find(spec.source)
+                self._given = self._files.find(spec.source)
             except JobError as error:  # which matters only if it is still to be read
                 logger.debug("job %s: %s", self.job.id, error)
-
-    def _find(self, source: FileInput) -> InputFile:
-        policy = self._site.policy
-        return resolve_input(
-            source.path, policy.input_dirs, gid=self._site.gid, private=policy.closed
-        )
-
-    def _rules(self, spec: JobSpec) -> dict[str, Any]:
-        """Where an output that the job names may go."""
-        policy = self._site.policy
-        return {
-            "dirs": policy.output_dirs,
-            "owner": self._site.owner,
-            "private": (*policy.closed, *kept_files(self._settings.work_dir)),
-            "mine": self._default_name(spec),
-        }
-
-    def _default_name(self, spec: JobSpec) -> str:
-        """Of an output that the job does not name."""
-        return f"job_{self._name}_output{_suffix(spec)}"
-
-    def _check_disk(self, spec: JobSpec) -> None:
-        """Raise JobError unless the job's disk limit fits on every file system it writes to."""
-        need = spec.limits.disk_mb
-        folders = [
-            self._settings.work_dir,
-            *([spec.output.parent] if isinstance(spec.output, Path) else []),
-        ]
-        for folder in dict.fromkeys(folders):
-            try:
-                found = disk.usage(folder)
-            except OSError as error:
-                raise JobError(
-                    Reason.PLATFORM_ERROR,
-                    f"cannot see how much disk space {folder} has: {error.strerror}",
-                ) from error
-            available = found.available // MIB
-            logger.info(
-                "job %s: Disk space: %.0f%% used (%d MB available) in %s",
-                self.job.id, found.used_ratio * 100, available, folder,
-            )  # fmt: skip
-            if available < need:
-                raise JobError(
-                    Reason.RESOURCE_ERROR,
-                    f"the job may need {need} MB of disk, but only {available} MB are available "
-                    f"in {folder}; free some space or lower max_disk_mb",
-                )
-
-    def _check_full(self, outcome: Outcome) -> None:
-        """Raise JobError if it is the disk: ffmpeg cannot write down that it is full, either."""
-        folder = self._settings.work_dir
-        try:
-            full = disk.usage(folder).available < MIB
-        except OSError:
-            return  # then nobody can tell
-        if full:
-            raise JobError(
-                Reason.RESOURCE_ERROR,
-                f"no space is left in {folder}; free some. {outcome.message}",
-            )
 
     async def _generate(self, space: Workspace, spec: JobSpec) -> None:
         """Make the input in a unit of its own, under the node's limits rather than the job's."""
@@ -373,9 +308,7 @@ class Execution:
             "job %s: input generated in %.1f s (%d bytes)",
             self.job.id, run.wall_seconds, self._input_bytes,
         )  # fmt: skip
-        if self._settings.persist_inputs:
-            kept = self._settings.work_dir / f"input_{self._name}.mp4"
-            await self._put(target, kept, self._kept, copy=True)
+        await self._files.keep_input(target)
 
     def _source(self, space: Workspace, spec: JobSpec) -> str:
         """What ffmpeg reads: a path or a URL."""
@@ -384,7 +317,7 @@ class Execution:
         return str(ffmpeg.source_name(spec, space.input()))
 
     async def _transcode(self, space: Workspace, spec: JobSpec) -> StepRun:
-        staged = space.output(_suffix(spec))
+        staged = space.output(suffix_of(spec))
         source = self._source(space, spec)
         command = ffmpeg.transcode_command(spec, self._programs.ffmpeg, source, staged)
         return await self._main_step(space, spec, command, source, str(staged))
@@ -449,23 +382,6 @@ class Execution:
         encoded = main.progress.out_time_sec if main.progress else None
         probe.check_output(self._media, spec, expected, main.log, encoded_sec=encoded)
 
-    async def _publish(self, space: Workspace, spec: JobSpec, made: Path) -> None:
-        if isinstance(spec.output, Path):
-            await self._put(made, spec.output, self._rules(spec), note=space.publishing)
-        elif self._settings.persist_outputs:
-            target = self._settings.work_dir / self._default_name(spec)
-            await self._put(made, target, self._kept, note=space.publishing)
-
-    @property
-    def _kept(self) -> dict[str, Any]:
-        """Where files go that are kept under a name of ours."""
-        return {"dirs": (self._settings.work_dir,), "owner": self._site.owner}
-
-    async def _put(self, made: Path, target: Path, rules: dict[str, Any], **more: Any) -> None:
-        """Publish a file without holding up the others: it may be large, and the disk slow."""
-        await asyncio.to_thread(functools.partial(publish, made, target, **rules, **more))
-        logger.info("job %s: wrote %s", self.job.id, target)
-
     # --- what is told
 
     def _show(self, text: str) -> None:
@@ -523,7 +439,3 @@ class Execution:
             timeout_sec=defaults.timeout_sec,
             cpu_weight=limits.cpu_weight,
         )
-
-
-def _suffix(spec: JobSpec) -> str:
-    return spec.output.suffix if isinstance(spec.output, Path) else ".mp4"

@@ -28,6 +28,7 @@ from tests.slowness import SLOWNESS
 KEY = "key-of-the-master-0123456789"
 MOST_MB = 150
 GROWTH_MB = 20
+MANY = 3000
 CHUNK = b"x" * 65536
 
 Answer = Callable[["Handler"], None]
@@ -290,13 +291,13 @@ def test_a_job_a_thousand_times_under_new_numbers(standing: Target, front: Front
 
     at_first = memory_mb(standing)
     with attacked(standing, front, "GET /jobs/next", answer):
-        until(lambda: served[0] >= 1000, 120, f"{served[0]} were asked for")
+        until(lambda: served[0] >= 1000, 120, "the jobs are not asked for")
     assert memory_mb(standing) < at_first + GROWTH_MB
     standing.unharmed()
 
 
 def test_jobs_without_end(standing: Target, front: Front) -> None:
-    """5,000 of them, each with an id of its own and parameters of some size, fail at once."""
+    """Thousands, each with an id of its own and parameters of some size, fail at once."""
     served = [0]
 
     def answer(handler: Handler) -> None:
@@ -305,16 +306,21 @@ def test_jobs_without_end(standing: Target, front: Front) -> None:
         job = {"id": f"n-{served[0]}", "parameters": {"codec": "-", **padding}}
         handler.reply(json.dumps({"job": job}).encode())
 
+    def known(handler: Handler) -> None:
+        job = {"id": handler.path.rpartition("/")[2], "status": "processing"}
+        handler.reply(json.dumps(job).encode())
+
+    front.answers["GET /jobs/n-"] = known
     front.answers["POST /results"] = _json('{"status": "success"}')
     at_first = memory_mb(standing)
     begun = time.monotonic()
     front.answers["GET /jobs/next"] = answer
-    until(lambda: served[0] >= 5000, 120, f"{served[0]} were asked for")
+    until(lambda: served[0] >= MANY, 120, "the jobs are not asked for")
     front.answers.pop("GET /jobs/next")
     beats = [begun, *(beat for beat in front.beats() if beat > begun), time.monotonic()]
     gaps = [after - before for before, after in pairwise(beats)]
     assert max(gaps) < 3 * SLOWNESS, "heartbeats are on time"
-    until(lambda: front.asked("POST /results") >= 5000, 60)
+    until(lambda: front.asked("POST /results") >= MANY, 60, "the reports do not come")
     front.answers.clear()
     assert memory_mb(standing) < at_first + GROWTH_MB
     works(standing)

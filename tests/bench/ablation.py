@@ -9,6 +9,26 @@ from tests.bench.cycle import Chunk, minimal
 from tests.bench.harness import Bench, in_turns
 from tests.bench.launches import as_a_job, observe
 
+_SECCOMP = (
+    "SystemCallFilter", "SystemCallArchitectures", "SystemCallErrorNumber", "LockPersonality",
+    "MemoryDenyWriteExecute", "RestrictNamespaces", "RestrictAddressFamilies", "RestrictRealtime",
+    "RestrictSUIDSGID", "ProtectClock", "ProtectHostname", "ProtectKernelModules",
+    "ProtectKernelLogs", "PrivateDevices",
+)  # fmt: skip
+_MOUNTS = (
+    "RootDirectory", "MountAPIVFS", "TemporaryFileSystem", "BindReadOnlyPaths", "BindPaths",
+    "ProtectSystem", "ProtectHome", "NoExecPaths", "PrivateTmp", "ProtectKernelTunables",
+    "ProtectControlGroups", "ProtectProc", "ProcSubset", "WorkingDirectory",
+)  # fmt: skip
+_NEEDED = (
+    "RootDirectory",
+    "TemporaryFileSystem",
+    "BindReadOnlyPaths",
+    "BindPaths",
+    "MountAPIVFS",
+    "WorkingDirectory",
+)
+"""Without one of these alone nothing can be run."""
 GROUPS: dict[str, tuple[str, ...]] = {
     "ExecStopPost": ("ExecStopPost",),
     "accounting": ("CPUAccounting", "MemoryAccounting", "IOAccounting", "TasksAccounting"),
@@ -16,7 +36,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "journal": ("StandardError", "SyslogIdentifier", "LogExtraFields"),
     "LogExtraFields": ("LogExtraFields",),
     "Type=exec": ("Type",),
-    "NoNewPrivileges": ("NoNewPrivileges",),
+    "what filters system calls": _SECCOMP,
+    **{name: (name,) for name in _SECCOMP},
+    "what mounts": _MOUNTS,
+    **{name: (name,) for name in _MOUNTS if name not in _NEEDED},
+    "other namespaces": ("PrivateNetwork", "PrivateIPC", "PrivateUsers"),
+    "DynamicUser": ("DynamicUser",),
+    "devices": ("PrivateDevices", "DevicePolicy", "DeviceAllow"),
+    "IPAddressDeny": ("IPAddressDeny",),
 }
 
 

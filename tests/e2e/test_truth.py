@@ -175,7 +175,7 @@ def test_limits_that_are_too_small(
 ) -> None:
     worker.start(master)
     source = str(media / "plain.mp4")
-    for megabytes in (4, 8, 16):  # with the smallest not even the program gets loaded
+    for megabytes in (1, 2, 4, 8, 16):  # with the smallest not even the program gets loaded
         result = run(master, input=source, resource_limits={"max_memory_mb": megabytes})
 
         expected = f"resource_error: memory limit of {megabytes} MB exceeded"

@@ -447,7 +447,7 @@ async def test_a_stop_that_comes_too_late_changes_nothing(
         execution.stop(Intent.CANCELLED)
         return publish(*args, **more)
 
-    monkeypatch.setattr("worker.execution.publish", stop_and_publish)
+    monkeypatch.setattr("worker.jobfiles.publish", stop_and_publish)
     assert (await finish(execution, theatre)).status == "completed"
     assert (tmp_path / "out.mp4").exists()
 
@@ -502,7 +502,7 @@ async def test_a_disk_that_fails_while_publishing(
     def fail(*args: Any, **more: Any) -> int:
         raise error
 
-    monkeypatch.setattr("worker.execution.publish", fail)
+    monkeypatch.setattr("worker.jobfiles.publish", fail)
     result = await finish(make({"output": str(tmp_path / "out.mp4")}), theatre)
     assert result.error is not None
     assert result.error.startswith(f"{reason}: ")
@@ -774,9 +774,9 @@ async def test_what_is_published_is_not_published_again(
         publish(staged, target, **more)
         raise Died
 
-    monkeypatch.setattr("worker.execution.publish", die_after)
+    monkeypatch.setattr("worker.jobfiles.publish", die_after)
     await die(make({"output": str(target)}, records=notes))
-    monkeypatch.setattr("worker.execution.publish", publish)
+    monkeypatch.setattr("worker.jobfiles.publish", publish)
     result = await finish(make({"output": str(target)}, records=notes), theatre)
     assert (result.status, result.error) == ("completed", None)
     assert target.read_text() == "7 bytes"

@@ -12,6 +12,7 @@ from worker.systemd.launch import DeviceLimit, Launch, UnitLimits
 from worker.systemd.library import Variant
 from worker.systemd.properties import properties
 from worker.systemd.property import Property
+from worker.systemd.sandbox import JobRoot, Sandbox
 
 LAUNCH = Launch(
     unit="ffmpeg-job-a.service",
@@ -115,6 +116,24 @@ def test_usage_record_needs_grep_and_files() -> None:
     assert "ExecStopPost" not in table(LAUNCH, grep="/bin/grep")
     item = table(LAUNCH, grep="/bin/grep", record_files=files)["ExecStopPost"]
     assert item.value == [["/bin/grep", ["/bin/grep", "-sH", ".", *files], True]]
+
+
+def test_the_usage_record_is_made_outside_the_sandbox() -> None:
+    files = ["/sys/fs/cgroup/x/cpu.stat"]
+    sandbox = Sandbox(JobRoot(Path("/r"), ("/usr",)), Path("/w/files"))
+
+    def outside(launch: Launch, grep: str | None) -> list[object]:
+        found = properties(launch, version=252, grep=grep, record_files=files)
+        wanted = ("PermissionsStartOnly", "RootDirectoryStartOnly")
+        return [(item.name, item.value) for item in found if item.name in wanted]
+
+    assert not outside(LAUNCH, "/bin/grep")
+    boxed = replace(LAUNCH, sandbox=sandbox)
+    assert not outside(boxed, None)
+    assert outside(boxed, "/bin/grep") == [
+        ("PermissionsStartOnly", True),
+        ("RootDirectoryStartOnly", True),
+    ]
 
 
 def test_journal_fields_are_checked_and_escaped() -> None:

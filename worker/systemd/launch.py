@@ -67,8 +67,8 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
     working_directory: Path | None = None
     usage_record: bool = True
-    """Write down the counters of its cgroup when it fails (see usage.py). It costs what a start
-    costs, also for a unit that ended well, when that is unloaded."""
+    """Write down the counters of its cgroup when it fails (see usage.py). It costs a process, also
+    for a unit that ended well, when that is unloaded."""
     sandbox: Sandbox | None = None
     """None: a program that nothing hostile can have a say in."""
     syslog_identifier: str = "ffmpeg-job"

@@ -96,6 +96,13 @@ def properties(
         # moment at which the counters are final and still there. Its failure is ignored.
         argv = [grep, "-sH", ".", *record_files]
         result.append(Property("ExecStopPost", "a(sasb)", [[grep, argv, True]], optional=True))
+        if launch.sandbox is not None:
+            # The sandbox is for what the job runs. This is ours, with nothing of the job in it, and
+            # a second sandbox would cost as much again, and need memory that the job has used up.
+            result += [
+                Property("PermissionsStartOnly", "b", True, optional=True),
+                Property("RootDirectoryStartOnly", "b", True, optional=True),
+            ]
     return result
 
 
