@@ -122,18 +122,17 @@ def test_the_usage_record_is_made_outside_the_sandbox() -> None:
     files = ["/sys/fs/cgroup/x/cpu.stat"]
     sandbox = Sandbox(JobRoot(Path("/r"), ("/usr",)), Path("/w/files"))
 
-    def outside(launch: Launch, grep: str | None) -> list[object]:
-        found = properties(launch, version=252, grep=grep, record_files=files)
-        wanted = ("PermissionsStartOnly", "RootDirectoryStartOnly")
-        return [(item.name, item.value) for item in found if item.name in wanted]
+    def outside(launch: Launch, grep: str | None, *, user: bool = False) -> list[object]:
+        found = properties(launch, version=252, grep=grep, record_files=files, user=user)
+        wanted = ("PermissionsStartOnly", "RootDirectoryStartOnly", "WorkingDirectory")
+        return [item.value for item in found if item.name in wanted]
 
-    assert not outside(LAUNCH, "/bin/grep")
-    boxed = replace(LAUNCH, sandbox=sandbox)
-    assert not outside(boxed, None)
-    assert outside(boxed, "/bin/grep") == [
-        ("PermissionsStartOnly", True),
-        ("RootDirectoryStartOnly", True),
-    ]
+    launch = replace(LAUNCH, working_directory=Path("/w/files"))
+    assert outside(launch, "/bin/grep") == ["/w/files"]
+    boxed = replace(launch, sandbox=sandbox)
+    assert outside(boxed, None) == ["-/w/files"]
+    assert outside(boxed, "/bin/grep") == ["-/w/files", True, True]
+    assert outside(boxed, "/bin/grep", user=True) == ["/w/files"]
 
 
 def test_journal_fields_are_checked_and_escaped() -> None:

@@ -146,7 +146,7 @@ def test_homes_are_hidden_but_for_what_the_job_has_there(folder: str, value: str
 
 def test_a_job_without_a_uid_of_its_own_cannot_signal_those_that_share_it() -> None:
     found = values(JOB, user=True)
-    assert not {"DynamicUser", "Group", "SupplementaryGroups"} & found.keys()
+    assert not {"DynamicUser", "Group", "SupplementaryGroups", "PrivateIPC"} & found.keys()
     rows = [
         item.value for item in sandbox_properties(JOB, user=True) if item.name == "SystemCallFilter"
     ]

@@ -90,15 +90,18 @@ def properties(
         block = [f"{name}={value}" for name, value in launch.environment.items()]
         result.append(Property("Environment", "as", block))
     if launch.working_directory is not None:
-        result.append(Property("WorkingDirectory", "s", str(launch.working_directory)))
+        # `-`: for the usage record below systemd would look for it in the job's root, from outside.
+        optional = "-" if launch.sandbox is not None and not user else ""
+        result.append(Property("WorkingDirectory", "s", f"{optional}{launch.working_directory}"))
     if grep and record_files and launch.usage_record:
         # Runs inside the unit's cgroup, after a failure, just before that is removed: the only
         # moment at which the counters are final and still there. Its failure is ignored.
         argv = [grep, "-sH", ".", *record_files]
         result.append(Property("ExecStopPost", "a(sasb)", [[grep, argv, True]], optional=True))
-        if launch.sandbox is not None:
-            # The sandbox is for what the job runs. This is ours, with nothing of the job in it, and
-            # a second sandbox would cost as much again, and need memory that the job has used up.
+        if launch.sandbox is not None and not user:
+            # The sandbox is for what the job runs. This is ours, with nothing of the job in it. A
+            # second sandbox would cost as much again, and memory, of which a job that has just been
+            # killed for it has none left. (A user's manager cannot do without: its mounts need it.)
             result += [
                 Property("PermissionsStartOnly", "b", True, optional=True),
                 Property("RootDirectoryStartOnly", "b", True, optional=True),

@@ -131,7 +131,7 @@ def sandbox_properties(sandbox: Sandbox, *, user: bool = False) -> list[Property
         *_devices(sandbox),
         *_network(sandbox),
         *_kernel(sandbox),
-        *(_same_uid() if user else ()),
+        *(_same_uid() if user else _own_ipc()),
     ]
 
 
@@ -230,10 +230,15 @@ def _kernel(sandbox: Sandbox) -> Iterator[Property]:
     yield Property("ProtectClock", "b", True, optional=True)
     yield Property("ProtectProc", "s", "invisible", optional=True)
     yield Property("ProcSubset", "s", "pid", optional=True)
+
+
+def _own_ipc() -> Iterator[Property]:
     yield Property("PrivateIPC", "b", True, optional=True)
 
 
 def _same_uid() -> Iterator[Property]:
+    # Without PrivateIPC: what runs after the job has a user namespace of its own, cannot enter the
+    # job's IPC namespace from there, and fails (226) before it has recorded anything.
     yield Property("SystemCallFilter", "(bas)", [False, _CALLS_FOR_OTHERS])
 
 
