@@ -33,6 +33,7 @@ _SLOWNESS = "20"
 # The bed makes cgroups below its own, so that has to be delegated to it, as it says itself.
 _DELEGATED = ["systemd-run", "--quiet", "--scope", "--property=Delegate=yes", "--"]
 _LAUNCHER = "tests/system/test_launcher.py"
+_SANDBOX = "tests/system/test_sandbox.py"
 # What runs, by the name of its report: a command before pytest's, and what pytest is given.
 # test_install.py is left out: it is about files, the same on every cgroup version, and makes a
 # virtual environment a dozen times, which takes minutes each where the processor is emulated.
@@ -47,6 +48,11 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
             "tests/system/test_meters.py",
             "tests/system/test_adoption.py",
             "tests/system/test_ownunit.py",
+            "tests/system/test_sandbox.py",
+            "tests/system/test_rootless.py",
+            "tests/system/test_overrides.py",
+            "tests/system/test_survivors.py",
+            "tests/system/test_diskwatch.py",
             _LAUNCHER,
             "tests/e2e",
         ],
@@ -69,6 +75,11 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
             "tests/system/test_adoption.py::test_a_pause_outlives_the_agent",
             "tests/system/test_adoption.py::test_a_paused_unit_is_stopped_at_once",
             "tests/system/test_adoption.py::test_nothing_is_left_of_a_pause",
+            f"{_SANDBOX}::test_two_jobs_are_two_users_who_see_nothing_of_each_other",
+            f"{_SANDBOX}::test_the_kernels_limit_on_memory_is_told_from_a_kill",
+            f"{_SANDBOX}::test_exposure_of_a_streaming_job",
+            "tests/system/test_rootless.py",
+            "tests/system/test_survivors.py",
             _LAUNCHER,
             "tests/e2e/test_jobs.py::test_a_generated_job_reports_the_truth",
             "tests/e2e/test_durable.py::test_jobs_run_on_while_the_agent_is_replaced[kill]",
@@ -91,6 +102,7 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
                     "test_what_a_unit_used",
                 )
             ),
+            f"{_SANDBOX}::test_the_kernels_limit_on_memory_is_told_from_a_kill",
             "tests/system/test_attach.py::test_the_memory_limit_kills_a_foreign_ffmpeg",
             "tests/system/test_user.py::test_limits_of_a_running_job",
             "tests/e2e/test_jobs.py::test_a_generated_job_reports_the_truth",
