@@ -20,15 +20,6 @@ _MOUNTS = (
     "ProtectSystem", "ProtectHome", "NoExecPaths", "PrivateTmp", "ProtectKernelTunables",
     "ProtectControlGroups", "ProtectProc", "ProcSubset", "WorkingDirectory",
 )  # fmt: skip
-_NEEDED = (
-    "RootDirectory",
-    "TemporaryFileSystem",
-    "BindReadOnlyPaths",
-    "BindPaths",
-    "MountAPIVFS",
-    "WorkingDirectory",
-)
-"""Without one of these alone nothing can be run."""
 GROUPS: dict[str, tuple[str, ...]] = {
     "ExecStopPost": ("ExecStopPost",),
     "accounting": ("CPUAccounting", "MemoryAccounting", "IOAccounting", "TasksAccounting"),
@@ -37,13 +28,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "LogExtraFields": ("LogExtraFields",),
     "Type=exec": ("Type",),
     "what filters system calls": _SECCOMP,
-    **{name: (name,) for name in _SECCOMP},
+    "SystemCallFilter": ("SystemCallFilter",),
+    "SystemCallArchitectures": ("SystemCallArchitectures",),
     "what mounts": _MOUNTS,
-    **{name: (name,) for name in _MOUNTS if name not in _NEEDED},
+    "ProtectKernelTunables": ("ProtectKernelTunables",),
     "other namespaces": ("PrivateNetwork", "PrivateIPC", "PrivateUsers"),
     "DynamicUser": ("DynamicUser",),
     "devices": ("PrivateDevices", "DevicePolicy", "DeviceAllow"),
     "IPAddressDeny": ("IPAddressDeny",),
+    "usage record outside": ("PermissionsStartOnly", "RootDirectoryStartOnly"),
 }
 
 
