@@ -131,7 +131,7 @@ def sandbox_properties(sandbox: Sandbox, *, user: bool = False) -> list[Property
         *_devices(sandbox),
         *_network(sandbox),
         *_kernel(sandbox),
-        *(_same_uid() if user else _own_ipc()),
+        *(_same_uid() if user else _own_namespaces()),
     ]
 
 
@@ -232,13 +232,17 @@ def _kernel(sandbox: Sandbox) -> Iterator[Property]:
     yield Property("ProcSubset", "s", "pid", optional=True)
 
 
-def _own_ipc() -> Iterator[Property]:
+def _own_namespaces() -> Iterator[Property]:
     yield Property("PrivateIPC", "b", True, optional=True)
+    # The cgroups, where other jobs have their ids. What is left of /sys tells of the hardware:
+    # encoders look there for processors, and drivers for their GPU.
+    yield Property("InaccessiblePaths", "as", ["+/sys/fs", "+/sys/kernel"])
 
 
 def _same_uid() -> Iterator[Property]:
-    # Without PrivateIPC: what runs after the job has a user namespace of its own, cannot enter the
-    # job's IPC namespace from there, and fails (226) before it has recorded anything.
+    # Without these: under a user's manager what runs after the job is in the sandbox, too. It has
+    # a user namespace of its own, cannot enter the job's IPC namespace from there, and fails (226)
+    # before it has recorded anything. And counters are what it records.
     yield Property("SystemCallFilter", "(bas)", [False, _CALLS_FOR_OTHERS])
 
 
