@@ -9,10 +9,13 @@ import contextlib
 import os
 import pwd
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.slowness import SLOWNESS
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / ".venv/bin/ffmpeg-worker"
@@ -84,11 +87,25 @@ def lingering_user(name: str) -> Iterator[User]:
         _run("loginctl", "enable-linger", name)
         # a job of systemd's, so this returns when the manager is up
         _run("systemctl", "start", user.manager)
+        _wait_for_the_bus(user)
         yield user
     finally:
         _run("loginctl", "disable-linger", name)
         _run("systemctl", "stop", user.manager)
         subprocess.run(["userdel", "--remove", name], capture_output=True)
+
+
+def _wait_for_the_bus(user: User) -> None:
+    """A manager that is up may not have its name on the bus yet."""
+    address = f"--address=unix:path={user.runtime_dir}/bus"
+    command = ["busctl", address, "status", "org.freedesktop.systemd1"]
+    deadline = time.monotonic() + 20 * SLOWNESS
+    while True:
+        done = subprocess.run(command, user=user.uid, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        assert time.monotonic() < deadline, f"no manager on the bus: {done.stderr}"
+        time.sleep(0.05)
 
 
 def _run(*command: str) -> None:

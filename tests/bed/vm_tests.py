@@ -33,6 +33,7 @@ _SLOWNESS = "20"
 # The bed makes cgroups below its own, so that has to be delegated to it, as it says itself.
 _DELEGATED = ["systemd-run", "--quiet", "--scope", "--property=Delegate=yes", "--"]
 _LAUNCHER = "tests/system/test_launcher.py"
+_INTERFERENCE = "tests/system/test_launcher_interference.py"
 _SANDBOX = "tests/system/test_sandbox.py"
 # What runs, by the name of its report: a command before pytest's, and what pytest is given.
 # test_install.py is left out: it is about files, the same on every cgroup version, and makes a
@@ -45,6 +46,7 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
             "tests/system/test_user.py",
             "tests/system/test_enforcement.py",
             "tests/system/test_attach.py",
+            "tests/system/test_attach_safety.py",
             "tests/system/test_meters.py",
             "tests/system/test_adoption.py",
             "tests/system/test_ownunit.py",
@@ -54,6 +56,7 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
             "tests/system/test_survivors.py",
             "tests/system/test_diskwatch.py",
             _LAUNCHER,
+            _INTERFERENCE,
             "tests/e2e",
         ],
     ),
@@ -81,6 +84,7 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
             "tests/system/test_rootless.py",
             "tests/system/test_survivors.py",
             _LAUNCHER,
+            _INTERFERENCE,
             "tests/e2e/test_jobs.py::test_a_generated_job_reports_the_truth",
             "tests/e2e/test_durable.py::test_jobs_run_on_while_the_agent_is_replaced[kill]",
         ],

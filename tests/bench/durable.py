@@ -6,20 +6,11 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 from tests.bench.harness import Bench
+from tests.bench.load import endless_jobs, quick_jobs
 from tests.bench.makespan import through_the_master
-from tests.bench.service import (
-    SERVICE,
-    Service,
-    endless_programs,
-    make_media,
-    memory_mb,
-    quick_programs,
-    sh,
-)
-from tests.fakes.master import FakeMaster
+from tests.bench.service import SERVICE, Service, memory_mb, sh
 
 FOLLOWED = 100
 LEDGER = Path("/var/lib/ffmpeg-worker/ledger.db")
@@ -32,19 +23,9 @@ def adopt(bench: Bench) -> None:
     """A new agent is there: how long until it follows each job of the one before."""
     count = bench.pick(FOLLOWED, 10)
     bench.begin("adopt", f"{count} jobs run on while the agent is replaced")
-    request = _request(bench.folder)
     waits: dict[str, list[float]] = {"restart": [], "kill -9": []}
     first: list[float] = []
-    with (
-        FakeMaster(max_retries=0) as master,
-        Service(
-            master,
-            programs=endless_programs(bench.folder),
-            POLL_INTERVAL="3s",
-            MAX_CONCURRENT_JOBS=count,
-            DEFAULT_DISK_MB=1,
-        ) as service,
-    ):
+    with endless_jobs(bench, count) as (master, service, request):
         for _ in range(count):
             master.submit(request)
         _lines(service.pid, _BEGUN, count)
@@ -72,17 +53,7 @@ def disk(bench: Bench) -> None:
     """What the agent writes for a job, and how much of it stays."""
     count = bench.pick(200, 20)
     bench.begin("disk", f"bytes written by the agent, {count} jobs of next to no work")
-    media = make_media(bench.folder / "media.mp4", seconds=1)
-    request = {"scenario": "bench", "parameters": {"input": str(media)}}
-    with (
-        FakeMaster(max_retries=0) as master,
-        Service(
-            master,
-            programs=quick_programs(bench.folder, media),
-            POLL_INTERVAL="200ms",
-            MAX_CONCURRENT_JOBS=4,
-        ) as service,
-    ):
+    with quick_jobs(bench) as (master, service, request):
         through_the_master(master, [request] * 20)
         _settled(service)
         before, stored = _written(service.pid), LEDGER.stat().st_size
@@ -101,18 +72,8 @@ def growth(bench: Bench) -> None:
     """Memory after thousands of jobs, most of which are over."""
     batch, batches = bench.pick((500, 10), (50, 3))
     bench.begin("growth", f"memory over {batch * batches} jobs of next to no work")
-    media = make_media(bench.folder / "media.mp4", seconds=1)
-    request = {"scenario": "bench", "parameters": {"input": str(media)}}
     memory: list[float] = []
-    with (
-        FakeMaster(max_retries=0) as master,
-        Service(
-            master,
-            programs=quick_programs(bench.folder, media),
-            POLL_INTERVAL="200ms",
-            MAX_CONCURRENT_JOBS=4,
-        ) as service,
-    ):
+    with quick_jobs(bench) as (master, service, request):
         for _ in range(batches):
             through_the_master(master, [request] * batch, timeout=900)
             _settled(service)
@@ -124,11 +85,6 @@ def growth(bench: Bench) -> None:
     grown = 1024 * (memory[-1] - memory[-1 - half]) / (half * batch / 1000)
     bench.add("growth per 1,000 jobs in the last half", grown, "kB", most=512)
     bench.note("170 kB of it are the acceptances that a session remembers, up to 10,000 of them")
-
-
-def _request(folder: Path) -> dict[str, Any]:
-    media = make_media(folder / "media.mp4", seconds=1)
-    return {"scenario": "bench", "parameters": {"input": str(media)}}
 
 
 def _show(name: str) -> str:

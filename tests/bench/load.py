@@ -8,7 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.bench.harness import Bench
 from tests.bench.makespan import through_the_master
@@ -26,24 +29,35 @@ from tests.fakes.master import FakeMaster
 
 UNITS = 100
 _PATIENCE_SEC = 300
+Work = tuple[FakeMaster, Service, dict[str, Any]]
+"""A master, the service registered with it, and the job that both are there for."""
+
+
+def quick_jobs(bench: Bench, command: str = "") -> AbstractContextManager[Work]:
+    """Jobs of next to no work, four at a time. ``command`` is the Service's."""
+    media = _media(bench)
+    programs = quick_programs(bench.folder, media)
+    return _work(media, programs, command=command, POLL_INTERVAL="200ms", MAX_CONCURRENT_JOBS=4)
+
+
+def endless_jobs(bench: Bench, count: int, command: str = "") -> AbstractContextManager[Work]:
+    """Jobs that do not end by themselves, so many at a time. ``command`` is the Service's."""
+    return _work(
+        _media(bench),
+        endless_programs(bench.folder),
+        command=command,
+        POLL_INTERVAL="3s",
+        MAX_CONCURRENT_JOBS=count,
+        DEFAULT_DISK_MB=1,
+    )
 
 
 def jobs(bench: Bench) -> None:
     """A thousand jobs whose ffmpeg only copies a file."""
     batch, batches = bench.pick((100, 10), (20, 3))
     bench.begin("jobs", f"{batch * batches} jobs of next to no work through the whole agent")
-    media = make_media(bench.folder / "media.mp4", seconds=1)
-    request = {"scenario": "bench", "parameters": {"input": str(media)}}
     rates, cpu, memory = [], [], []
-    with (
-        FakeMaster(max_retries=0) as master,
-        Service(
-            master,
-            programs=quick_programs(bench.folder, media),
-            POLL_INTERVAL="200ms",
-            MAX_CONCURRENT_JOBS=4,
-        ) as service,
-    ):
+    with quick_jobs(bench) as (master, service, request):
         through_the_master(master, [request] * 20)
         memory.append(memory_mb(service.pid)[0])
         for _ in range(batches):
@@ -68,20 +82,8 @@ def many(bench: Bench) -> None:
 
 
 def _many(bench: Bench, command: str = "") -> None:
-    media = make_media(bench.folder / "media.mp4", seconds=1)
-    request = {"scenario": "bench", "parameters": {"input": str(media)}}
     loads, scrapes = [], []
-    with (
-        FakeMaster(max_retries=0) as master,
-        Service(
-            master,
-            programs=endless_programs(bench.folder),
-            command=command,
-            POLL_INTERVAL="3s",
-            MAX_CONCURRENT_JOBS=UNITS,
-            DEFAULT_DISK_MB=1,
-        ) as service,
-    ):
+    with endless_jobs(bench, UNITS, command) as (master, service, request):
         begun = time.monotonic()
         for _ in range(UNITS):
             master.submit(request)
@@ -112,18 +114,7 @@ def profile(bench: Bench) -> None:
     stats = bench.folder / "agent.stats"
     path = f"{ROOT}:{CACHE['PYTHONPATH']}"
     command = f"/usr/bin/env PYTHONPATH={path} {PYTHON} -m tests.bench.profiled {stats}"
-    media = make_media(bench.folder / "media.mp4", seconds=1)
-    request = {"scenario": "bench", "parameters": {"input": str(media)}}
-    with (
-        FakeMaster(max_retries=0) as master,
-        Service(
-            master,
-            programs=quick_programs(bench.folder, media),
-            command=command,
-            POLL_INTERVAL="200ms",
-            MAX_CONCURRENT_JOBS=4,
-        ) as service,
-    ):
+    with quick_jobs(bench, command) as (master, service, request):
         before = service.cpu_seconds
         through_the_master(master, [request] * count)
         bench.add("CPU time per job, profiled", 1000 * (service.cpu_seconds - before) / count, "ms")
@@ -131,6 +122,19 @@ def profile(bench: Bench) -> None:
     shutil.rmtree(bench.folder / "programs")
     _many(bench, command)
     _show(stats, f"{UNITS} units")
+
+
+def _media(bench: Bench) -> Path:
+    return make_media(bench.folder / "media.mp4", seconds=1)
+
+
+@contextmanager
+def _work(media: Path, programs: Path, **options: Any) -> Iterator[Work]:
+    with (
+        FakeMaster(max_retries=0) as master,
+        Service(master, programs=programs, **options) as service,
+    ):
+        yield master, service, {"scenario": "bench", "parameters": {"input": str(media)}}
 
 
 def _show(stats: Path, title: str) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from dbusmock.testcase import BusType, SpawnedMock
 
+from tests.bus.launching import ONE, connected
 from worker.systemd.launch import Launch, UnitLimits
 from worker.systemd.launcher import Launcher
+from worker.systemd.unit import Unit
 
 TEMPLATE = Path(__file__).with_name("systemd_template.py")
 CONTROL = "ffmpeg_worker.tests.Systemd"
@@ -54,6 +56,10 @@ class Systemd:
             str(TEMPLATE), parameters, BusType.SYSTEM, subprocess.DEVNULL, subprocess.DEVNULL
         )
 
+    def start(self) -> None:
+        self.start_bus()
+        self.start_systemd()
+
     def stop_bus(self) -> None:
         """The bus dies, and with it the stand-in: it knows no unit when started again."""
         if self._daemon is not None:
@@ -86,9 +92,8 @@ class Systemd:
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
     systemd = Systemd(tmp_path)
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", systemd.address)
-    systemd.start_bus()
     try:
-        systemd.start_systemd()
+        systemd.start()
         yield systemd
     finally:
         systemd.stop_bus()
@@ -96,16 +101,14 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd
 
 @pytest.fixture
 async def launcher(systemd: Systemd) -> AsyncIterator[Launcher]:
-    launcher = Launcher(reconnect_timeout=10)
-    await launcher.connect()
-    yield launcher
-    await launcher.close()
+    async with connected(reconnect_timeout=10) as launcher:
+        yield launcher
 
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
     return Launch(
-        unit="ffmpeg-job-one.service",
+        unit=ONE,
         description="a job",
         argv=("/usr/bin/true",),
         slice="ffmpeg-default.slice",
@@ -113,3 +116,9 @@ def launch(tmp_path: Path) -> Launch:
         stdout=tmp_path / "main.out",
         stop_timeout_sec=0.1,
     )
+
+
+@pytest.fixture
+async def unit(launcher: Launcher, launch: Launch) -> Unit:
+    """One that runs."""
+    return await launcher.start(launch)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.bus.launching import ONE, armed, connected, until
 from worker.errors import BusGone, UnitExists
 from worker.systemd.adoption import adopt
 from worker.systemd.launch import Launch
@@ -17,16 +18,14 @@ from worker.systemd.unit import Unit
 if TYPE_CHECKING:
     from .conftest import Systemd
 
-ONE = "ffmpeg-job-one.service"
+WhenRead = Callable[..., None]
 
 
 @pytest.fixture
 async def earlier(systemd: Systemd) -> AsyncIterator[Launcher]:
     """The launcher of an earlier agent."""
-    launcher = Launcher()
-    await launcher.connect()
-    yield launcher
-    await launcher.close()
+    async with connected() as launcher:
+        yield launcher
 
 
 async def _adopted(launcher: Launcher, launch: Launch) -> Unit:
@@ -42,22 +41,25 @@ async def _end(unit: Unit) -> tuple[str, int, int]:
     return state.result, state.exec_main_code, state.exec_main_status
 
 
-def _when_read(
-    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, event: Callable[[], object], *, late: bool
-) -> None:
+@pytest.fixture
+def when_read(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> WhenRead:
     """Have something happen just before the first property is read, or just after."""
-    read, events, turn = launcher.read, [event], asyncio.Lock()
 
-    async def reading(path: str, interface: str, name: str) -> object:
-        async with turn:
-            if events and not late:
-                await asyncio.to_thread(events.pop())
-            value = await read(path, interface, name)
-            if events:
-                await asyncio.to_thread(events.pop())
-            return value
+    def when_read(event: Callable[[], object], *, late: bool) -> None:
+        read, events, turn = launcher.read, [event], asyncio.Lock()
 
-    monkeypatch.setattr(launcher, "read", reading)
+        async def reading(path: str, interface: str, name: str) -> object:
+            async with turn:
+                if events and not late:
+                    await asyncio.to_thread(events.pop())
+                value = await read(path, interface, name)
+                if events:
+                    await asyncio.to_thread(events.pop())
+                return value
+
+        monkeypatch.setattr(launcher, "read", reading)
+
+    return when_read
 
 
 async def test_a_running_unit_is_followed_to_its_end(
@@ -131,9 +133,7 @@ async def _pending(systemd: Systemd, earlier: Launcher, launch: Launch) -> async
 async def _taking(launcher: Launcher, launch: Launch) -> asyncio.Task[Unit | None]:
     """An adoption that waits for the start job."""
     taking = asyncio.create_task(adopt(launcher, launch))
-    async with asyncio.timeout(10):
-        while (unit := launcher.tracker.get(ONE)) is None or not unit.armed:
-            await asyncio.sleep(0.01)
+    await until(lambda: armed(launcher))
     await launcher.leftovers()
     assert not taking.done()
     return taking
@@ -201,11 +201,11 @@ async def test_an_end_while_it_is_looked_at(
     earlier: Launcher,
     launcher: Launcher,
     launch: Launch,
-    monkeypatch: pytest.MonkeyPatch,
+    when_read: WhenRead,
     late: bool,
 ) -> None:
     await earlier.start(launch)
-    _when_read(launcher, monkeypatch, lambda: systemd.Finish(ONE, "exit-code", 1, 9), late=late)
+    when_read(lambda: systemd.Finish(ONE, "exit-code", 1, 9), late=late)
     unit = await _adopted(launcher, launch)
     assert await _end(unit) == ("exit-code", 1, 9)
     assert unit.started
@@ -219,12 +219,12 @@ async def test_a_unit_that_vanishes_while_it_is_looked_at(
     earlier: Launcher,
     launcher: Launcher,
     launch: Launch,
-    monkeypatch: pytest.MonkeyPatch,
+    when_read: WhenRead,
     late: bool,
     silently: bool,
 ) -> None:
     systemd.Load(ONE, "active", "running", 0, 0)
-    _when_read(launcher, monkeypatch, lambda: systemd.Vanish(ONE, silently), late=late)
+    when_read(lambda: systemd.Vanish(ONE, silently), late=late)
     unit = await _adopted(launcher, launch)
     end = await _end(unit)
     assert unit.state.vanished
@@ -235,22 +235,17 @@ async def test_a_unit_that_vanishes_while_it_is_looked_at(
 
 @pytest.mark.parametrize("late", [False, True])
 async def test_the_bus_goes_while_it_is_looked_at(
-    systemd: Systemd,
-    launcher: Launcher,
-    launch: Launch,
-    monkeypatch: pytest.MonkeyPatch,
-    late: bool,
+    systemd: Systemd, launcher: Launcher, launch: Launch, when_read: WhenRead, late: bool
 ) -> None:
     """And the program ends before the bus is back."""
 
     def lose() -> None:
         systemd.stop_bus()
-        systemd.start_bus()
-        systemd.start_systemd()
+        systemd.start()
         systemd.Load(ONE, "failed", "failed", 1, 7)
 
     systemd.Load(ONE, "active", "running", 0, 0)
-    _when_read(launcher, monkeypatch, lose, late=late)
+    when_read(lose, late=late)
     unit = await _adopted(launcher, launch)
     assert await _end(unit) == ("exit-code", 1, 7)
     await unit.reap()

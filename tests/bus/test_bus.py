@@ -224,8 +224,7 @@ async def test_waiting_calls_fail_at_once_when_the_bus_goes(systemd: Systemd, bu
 async def test_it_comes_back_and_hears_again(systemd: Systemd, bus: Bus, heard: Heard) -> None:
     for _ in range(2):
         systemd.stop_bus()
-        systemd.start_bus()
-        systemd.start_systemd()
+        systemd.start()
         await asyncio.wait_for(heard.resyncs.wait(), 20)
         heard.resyncs.clear()
         heard.signals.clear()

@@ -1,13 +1,9 @@
-"""Units of an agent that is gone, in the hands of the next: followed, paused, ended, reaped.
-
-On a real systemd: runs inside the test bed, which sets FFMPEG_WORKER_BED.
-"""
+"""Units of an agent that is gone, in the hands of the next: followed, paused, ended, reaped."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.slowness import SLOWNESS
+from tests.system.commands import run, until
 from worker.errors import UnitExists
 from worker.systemd.adoption import adopt
 from worker.systemd.launch import Launch, UnitLimits
@@ -30,29 +27,8 @@ SLEEP = ("/bin/sleep", "3600")
 TWO_SECONDS = ("/bin/sh", "-c", f"for i in $(seq 20); do sleep {PACE / 10}; done")
 
 
-async def run(*command: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    output = (await process.communicate())[0].decode()
-    assert process.returncode == 0, f"{command}: {output}"
-    return output.strip()
-
-
-async def until(condition: Callable[[], Awaitable[bool]], timeout: float = 20) -> None:
-    """Wait for something that has no event of its own."""
-    async with asyncio.timeout(timeout * SLOWNESS):
-        while not await condition():
-            await asyncio.sleep(0.02)
-
-
 def drop_ins() -> list[Path]:
     return list(SYSTEM_FOLDER.glob("ffmpeg-job-*.d"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def bed() -> None:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
 
 
 @contextlib.asynccontextmanager
@@ -157,11 +133,7 @@ async def _ended(launch: Launch) -> bool:
 async def test_a_unit_on_its_way_down(launcher: Launcher, launch: Callable[..., Launch]) -> None:
     one = launch("/bin/sh", "-c", "trap 'sleep 1; exit 5' TERM; echo; while :; do sleep 0.1; done")
     await left_running(one)
-
-    async def caught() -> bool:
-        return one.stdout.stat().st_size > 0
-
-    await until(caught)
+    await until(lambda: one.stdout.stat().st_size > 0)
     await run("systemctl", "stop", "--no-block", one.unit)
     unit = await adopted(launcher, one)
     assert not unit.state.finished
@@ -260,13 +232,7 @@ async def test_the_limit_holds_after_two_pauses(
         await suspension.pause(unit)
         await asyncio.sleep(2 * PACE)
         await suspension.resume(unit)
-    paused = suspension.paused_seconds(unit)
-    assert 0 <= paused - 4 * PACE < 0.5 * SLOWNESS
-    state = await unit.finished()
-    assert state.result == "timeout"
-    assert state.wall_seconds is not None
-    assert -0.1 < state.wall_seconds - paused - 2 * PACE < 0.3 * SLOWNESS
-    await unit.reap()
+    await _worked_until_its_limit(unit, suspension, paused=4 * PACE, limit=2 * PACE)
 
 
 async def test_a_pause_outlives_the_agent(
@@ -281,12 +247,19 @@ async def test_a_pause_outlives_the_agent(
     assert suspension.paused(unit)
     assert not unit.state.finished
     await suspension.resume(unit)
-    paused = suspension.paused_seconds(unit)
-    assert 0 <= paused - 3 * PACE < 0.5 * SLOWNESS
+    await _worked_until_its_limit(unit, suspension, paused=3 * PACE, limit=2 * PACE)
+
+
+async def _worked_until_its_limit(
+    unit: Unit, suspension: Suspension, *, paused: float, limit: float
+) -> None:
+    """A unit that goes on after its last pause is ended by its limit, which no pause counts for."""
+    told = suspension.paused_seconds(unit)
+    assert 0 <= told - paused < 0.5 * SLOWNESS
     state = await unit.finished()
     assert state.result == "timeout"
     assert state.wall_seconds is not None
-    assert -0.1 < state.wall_seconds - paused - 2 * PACE < 0.3 * SLOWNESS
+    assert -0.1 < state.wall_seconds - told - limit < 0.3 * SLOWNESS
     await unit.reap()
 
 

@@ -1,7 +1,4 @@
-"""Jobs in their sandbox that fill the disk, each in its way, and the watch that ends them.
-
-On a real systemd: runs inside the test bed, which sets FFMPEG_WORKER_BED.
-"""
+"""Jobs in their sandbox that fill the disk, each in its way, and the watch that ends them."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,11 +70,6 @@ for name in writes():
 """
 
 
-@pytest.fixture(scope="session", autouse=True)
-def bed() -> None:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
-
-
 @pytest.fixture
 def work_dir() -> Iterator[Path]:
     subprocess.run(["groupadd", "--system", "--force", GROUP], check=True)
@@ -85,16 +77,6 @@ def work_dir() -> Iterator[Path]:
     path.mkdir(mode=0o700)
     yield path
     shutil.rmtree(path)
-
-
-@pytest.fixture
-async def launcher() -> AsyncIterator[Launcher]:
-    launcher = Launcher()
-    await launcher.connect()
-    yield launcher
-    for name in await launcher.leftovers():
-        await launcher.stop_and_reap(name)
-    await launcher.close()
 
 
 async def started(launcher: Launcher, work_dir: Path, program: str) -> tuple[Unit, Path]:

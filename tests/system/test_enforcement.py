@@ -1,16 +1,12 @@
-"""Which limits hold, on a real systemd: the system's manager, and a lingering user's.
-
-Runs inside the test bed, which sets FFMPEG_WORKER_BED.
-"""
+"""Which limits hold, on a real systemd: the system's manager, and a lingering user's."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,18 +38,10 @@ def cgroups(pattern: str) -> list[Path]:
     return list(Path("/sys/fs/cgroup").glob(f"**/{pattern}"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def bed() -> None:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
-
-
-@pytest.fixture
-async def launcher() -> AsyncIterator[Launcher]:
-    launcher = Launcher()
-    await launcher.connect()
-    yield launcher
-    await launcher.close()
-    assert units(pattern="ffmpeg-limits-*") == [], "nothing of a check is left"
+@pytest.fixture(autouse=True)
+def nothing_of_a_check_is_left() -> Iterator[None]:
+    yield
+    assert units(pattern="ffmpeg-limits-*") == []
 
 
 async def test_the_systems_manager_enforces_limits_and_says_so(

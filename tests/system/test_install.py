@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import installing
 from tests.installing import (
     CONFIG,
     DATA,
@@ -37,18 +36,7 @@ from tests.installing import (
     stand_in,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def first_install() -> Iterator[str]:
-    """The output of an install on a machine that had none; removed at the end."""
-    with installing.first_install() as said:
-        yield said
-
-
-@pytest.fixture
-def with_a_master() -> Iterator[None]:
-    with installing.master_in_config():
-        yield
+pytestmark = pytest.mark.usefixtures("first_install")
 
 
 @pytest.fixture

@@ -1,7 +1,4 @@
-"""The launcher on a real systemd: limits that hold, verdicts that are true, nothing left behind.
-
-Runs inside the test bed, which sets FFMPEG_WORKER_BED.
-"""
+"""The launcher on a real systemd: limits that hold, verdicts that are true, nothing left behind."""
 
 from __future__ import annotations
 
@@ -12,110 +9,31 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from tests.slowness import SLOWNESS
-from worker.errors import Reason, SystemdError, UnitExists
+from tests.system.commands import run
+from tests.system.launching import SLEEP, Jobs
+from worker.errors import Reason
 from worker.jobs.judge import judge
 from worker.jobs.outcome import Intent
 from worker.jobs.progress import LogFacts
 from worker.jobs.spec import Limits
-from worker.systemd.launch import Launch, UnitLimits
 from worker.systemd.launcher import Launcher
-from worker.systemd.names import Step, slice_name, unit_name
+from worker.systemd.names import slice_name
 from worker.systemd.unit import Unit
 from worker.systemd.usage import Usage
 
 MIB = 1 << 20
 SLICES = Path(__file__).parents[2] / "units"
 BUSY = ("/bin/sh", "-c", "while :; do :; done")
-SLEEP = ("/bin/sleep", "60")
 HOG = f"x = bytearray({200 * MIB})"
 PYTHON = shutil.which("python3") or sys.executable
 SHARE_ERROR = 0.05 if SLOWNESS == 1 else 0.15
 """Of a share of a CPU. An emulated one stands still at times: whoever has it then is charged."""
-
-
-async def run(*command: str, check: bool = True) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    output = (await process.communicate())[0].decode()
-    assert process.returncode == 0 or not check, f"{command}: {output}"
-    return output
-
-
-async def until(condition: Callable[[], bool], timeout: float = 10) -> None:
-    """Wait for something that has no event of its own."""
-    async with asyncio.timeout(timeout * SLOWNESS):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
-def job_cgroups() -> list[Path]:
-    return [path for path in Path("/sys/fs/cgroup").glob("**/ffmpeg-job-*") if path.is_dir()]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def bed() -> None:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
-
-
-@pytest.fixture
-async def launcher() -> AsyncIterator[Launcher]:
-    """Connected, and when the test is over: no unit and no cgroup of a job is left."""
-    assert await run("systemctl", "list-units", "--all", "--plain", "-q", "ffmpeg-job-*") == ""
-    launcher = Launcher()
-    await launcher.connect()
-    yield launcher
-    left = await launcher.leftovers()
-    for name in left:  # a test that failed does not spoil the next
-        await launcher.stop_and_reap(name)
-    await launcher.close()
-    assert left == []
-    await until(lambda: not job_cgroups())
-
-
-class Jobs:
-    """Makes launches that differ in what a test is about only."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def launch(
-        self, *argv: str, job: str = "one", queue: str = "default", **options: object
-    ) -> Launch:
-        limits = {
-            name: options.pop(name)
-            for name in (
-                "cpu_percent",
-                "memory_bytes",
-                "runtime_sec",
-                "file_bytes",
-                "tasks_max",
-                "cpu_weight",
-            )
-            if name in options
-        }
-        return Launch(
-            unit=unit_name(job, Step.MAIN),
-            description=f"test job {job}",
-            argv=argv,
-            slice=slice_name(queue),
-            limits=UnitLimits(**limits),  # type: ignore[arg-type]
-            stdout=self.folder / f"{job}.out",
-            stop_timeout_sec=2,
-            **options,  # type: ignore[arg-type]
-        )
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Jobs:
-    return Jobs(tmp_path)
 
 
 async def cpu_share(unit: Unit, seconds: float) -> float:
@@ -126,6 +44,13 @@ async def cpu_share(unit: Unit, seconds: float) -> float:
     assert before is not None
     assert after is not None
     return (after - before) / (ended - begun)
+
+
+def busy_on_one_core() -> tuple[str, ...]:
+    """A program that has to share its core with others like it."""
+    taskset = shutil.which("taskset")
+    assert taskset is not None
+    return (taskset, "-c", str(min(os.sched_getaffinity(0))), *BUSY)
 
 
 def idle_seconds() -> float:
@@ -301,158 +226,6 @@ async def test_no_process_gets_away(launcher: Launcher, jobs: Jobs, status: int)
     assert not Path("/proc", pid).exists()
 
 
-async def test_a_slice_stopped_by_somebody_else(launcher: Launcher, jobs: Jobs) -> None:
-    units = [await launcher.start(jobs.launch(*SLEEP, job=q, queue=q)) for q in ("live", "batch")]
-    await run("systemctl", "stop", "ffmpeg.slice")
-    for unit in units:
-        assert (await unit.finished()).vanished
-        await unit.reap()
-
-
-async def test_a_masked_slice(launcher: Launcher, jobs: Jobs) -> None:
-    mask = Path("/run/systemd/system/ffmpeg-masked.slice")
-    mask.parent.mkdir(parents=True, exist_ok=True)
-    mask.symlink_to("/dev/null")
-    launch = replace(jobs.launch("/bin/true"), slice=mask.name)
-    await run("systemctl", "daemon-reload")
-    with pytest.raises(SystemdError, match="masked"):
-        await launcher.start(launch)
-    mask.unlink()
-    await run("systemctl", "daemon-reload")
-    unit = await launcher.start(launch)
-    assert (await unit.finished()).result == "success"
-    await unit.reap()
-
-
-async def test_a_unit_file_of_that_name(launcher: Launcher, jobs: Jobs) -> None:
-    launch = jobs.launch("/bin/true")
-    file = Path("/run/systemd/system", launch.unit)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("[Service]\nExecStart=/bin/sleep 60\n")
-    await run("systemctl", "daemon-reload")
-    with pytest.raises(UnitExists, match="fragment file"):
-        await launcher.start(launch)
-    file.unlink()
-    await run("systemctl", "daemon-reload")
-    unit = await launcher.start(launch)
-    assert (await unit.finished()).result == "success"
-    await unit.reap()
-
-
-async def test_a_bus_that_does_not_answer(jobs: Jobs, launcher: Launcher) -> None:
-    """What is ordered meanwhile is done afterwards: start, stop, reap; and an end is seen."""
-    slow = Launcher(call_timeout=1)
-    await slow.connect()
-    running = await slow.start(jobs.launch(*SLEEP, job="running"))
-    ending = await slow.start(jobs.launch("/bin/sh", "-c", "sleep 1; exit 6", job="ending"))
-    ended = await slow.start(jobs.launch("/bin/true", job="ended"))
-    await ended.finished()
-    bus = int(await run("systemctl", "show", "-P", "MainPID", "dbus.service"))
-    os.kill(bus, signal.SIGSTOP)
-    orders = [
-        asyncio.create_task(order) for order in (
-            slow.start(jobs.launch("/bin/sh", "-c", "exit 5", job="new")), running.stop(),
-            ended.reap(), ending.finished(),
-        )
-    ]  # fmt: skip
-    try:
-        done, _pending = await asyncio.wait(orders, timeout=4)
-    finally:
-        os.kill(bus, signal.SIGCONT)
-    assert not done
-    new, *_rest = await asyncio.wait_for(asyncio.gather(*orders), 30)
-    assert isinstance(new, Unit)
-    assert (await new.finished()).exec_main_status == 5
-    assert ending.state.exec_main_status == 6
-    for unit in (new, running, ending):
-        await unit.reap()
-    await slow.close()
-
-
-async def test_stopped_by_somebody_else(launcher: Launcher, jobs: Jobs) -> None:
-    unit = await launcher.start(jobs.launch(*SLEEP))
-    await run("systemctl", "stop", unit.name)
-    state = await unit.finished()
-    assert state.vanished
-    assert (state.exec_main_code, state.exec_main_status) == (2, signal.SIGTERM)
-    await unit.reap()
-
-
-async def test_a_verdict_somebody_else_clears_stays_a_failure(
-    launcher: Launcher, jobs: Jobs
-) -> None:
-    unit = await launcher.start(jobs.launch("/bin/sh", "-c", "sleep 0.2; exit 4"))
-    state = await unit.finished()
-    await run("systemctl", "reset-failed", unit.name)
-    assert unit.state == state
-    assert state.exec_main_status == 4
-    await unit.reap()
-
-
-async def test_a_running_unit_is_not_started_again(launcher: Launcher, jobs: Jobs) -> None:
-    unit = await launcher.start(jobs.launch(*SLEEP))
-    other = Launcher()
-    await other.connect()
-    with pytest.raises(UnitExists):
-        await other.start(jobs.launch(*SLEEP))
-    assert not unit.state.finished
-    assert await other.leftovers() == [unit.name]
-    await other.stop_and_reap(unit.name)
-    assert (await unit.finished()).vanished
-    await unit.reap()
-    await other.close()
-
-
-@pytest.mark.parametrize("command", ["exit 0", "exit 1"])
-async def test_remains_of_an_earlier_life_are_cleared(
-    launcher: Launcher, jobs: Jobs, command: str
-) -> None:
-    other = Launcher()
-    await other.connect()
-    await (await other.start(jobs.launch("/bin/sh", "-c", command))).finished()
-    await other.close()
-    unit = await launcher.start(jobs.launch("/bin/sh", "-c", "exit 5"))
-    assert (await unit.finished()).exec_main_status == 5
-    await unit.reap()
-
-
-@pytest.mark.parametrize("leftover", [SLEEP, ("/bin/true",), ("/bin/false",)])
-async def test_leftovers(launcher: Launcher, jobs: Jobs, leftover: tuple[str, ...]) -> None:
-    other = Launcher()
-    await other.connect()
-    unit = await other.start(jobs.launch(*leftover))
-    await other.close()
-    assert await launcher.leftovers() == [unit.name]
-    await launcher.stop_and_reap(unit.name)
-    assert await launcher.leftovers() == []
-
-
-@pytest.mark.parametrize(
-    "disturbance",
-    [
-        ("systemctl", "kill", "--signal=KILL", "dbus.service"),
-        ("systemctl", "daemon-reload"),
-        ("systemctl", "daemon-reexec"),
-    ],
-    ids=["dbus", "reload", "reexec"],
-)
-@pytest.mark.parametrize("during", [True, False])
-async def test_the_end_is_found_in_spite_of(
-    launcher: Launcher, jobs: Jobs, disturbance: tuple[str, ...], during: bool
-) -> None:
-    """The disturbance comes while the program runs, or just as it ends."""
-    unit = await launcher.start(jobs.launch("/bin/sh", "-c", "sleep 0.6; exit 3"))
-    if not during:
-        await asyncio.sleep(0.55)
-    await run(*disturbance)
-    state = await asyncio.wait_for(unit.finished(), 30)
-    assert (state.exec_main_status, state.vanished) == (3, False)
-    await unit.reap()
-    again = await launcher.start(jobs.launch("/bin/true"))
-    assert (await again.finished()).result == "success"
-    await again.reap()
-
-
 async def test_arguments_arrive_as_they_are(launcher: Launcher, jobs: Jobs) -> None:
     arguments = [
         "$HOME", "${HOME}", "a$b", "$$", "$", "%n", "%%", "a b", "", "'", '"', "\\", "\\x41", ";",
@@ -529,7 +302,7 @@ async def slices() -> AsyncIterator[None]:
     made = [
         folder / name
         for name in names
-        if not (await run("systemctl", "show", "-P", "FragmentPath", name)).strip()
+        if not await run("systemctl", "show", "-P", "FragmentPath", name)
     ]
     for path in made:
         shutil.copyfile(SLICES / path.name, path)
@@ -542,12 +315,9 @@ async def slices() -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("slices")
 async def test_live_goes_before_batch(launcher: Launcher, jobs: Jobs) -> None:
-    core = str(min(os.sched_getaffinity(0)))
-    taskset = shutil.which("taskset")
-    assert taskset is not None
     units = {
         queue: await launcher.start(
-            jobs.launch(taskset, "-c", core, *BUSY, job=f"loop-{queue}", queue=queue)
+            jobs.launch(*busy_on_one_core(), job=f"loop-{queue}", queue=queue)
         )
         for queue in ("live", "batch")
     }
@@ -566,13 +336,10 @@ async def test_live_goes_before_batch(launcher: Launcher, jobs: Jobs) -> None:
 
 
 async def test_priority_counts_within_a_queue(launcher: Launcher, jobs: Jobs) -> None:
-    core = str(min(os.sched_getaffinity(0)))
-    taskset = shutil.which("taskset")
-    assert taskset is not None
     weights = (200, 50)
     units = [
         await launcher.start(
-            jobs.launch(taskset, "-c", core, *BUSY, job=f"weight-{weight}", cpu_weight=weight)
+            jobs.launch(*busy_on_one_core(), job=f"weight-{weight}", cpu_weight=weight)
         )
         for weight in weights
     ]
@@ -581,10 +348,3 @@ async def test_priority_counts_within_a_queue(launcher: Launcher, jobs: Jobs) ->
     for unit in units:
         await unit.stop()
         await unit.reap()
-
-
-async def test_no_bus_is_said_clearly() -> None:
-    launcher = Launcher(address="unix:path=/nonexistent/bus")
-    with pytest.raises(SystemdError, match="/nonexistent/bus"):
-        await launcher.connect()
-    await launcher.close()

@@ -1,7 +1,4 @@
-"""Our figures are those of the tools an operator knows: time(1) and systemd-cgtop(1).
-
-Runs inside the test bed, which sets FFMPEG_WORKER_BED.
-"""
+"""Our figures are those of the tools an operator knows: time(1) and systemd-cgtop(1)."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,22 +80,6 @@ class Timed:
             figure("User time (seconds)") + figure("System time (seconds)"),
             int(figure("Maximum resident set size (kbytes)")) * 1024,
         )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def bed() -> None:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
-
-
-@pytest.fixture
-async def launcher() -> AsyncIterator[Launcher]:
-    """Connected; what a failed test has left is stopped."""
-    launcher = Launcher()
-    await launcher.connect()
-    yield launcher
-    for name in await launcher.leftovers():
-        await launcher.stop_and_reap(name)
-    await launcher.close()
 
 
 def launch(folder: Path, *argv: str, limits: UnitLimits | None = None) -> Launch:

@@ -1,7 +1,4 @@
-"""Limits that an operator changes while a job runs: in force, noticed, read, and judged by.
-
-On a real systemd: runs inside the test bed, which sets FFMPEG_WORKER_BED.
-"""
+"""Limits that an operator changes while a job runs: in force, noticed, read, and judged by."""
 
 from __future__ import annotations
 
@@ -10,13 +7,14 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.slowness import SLOWNESS
+from tests.system.commands import run, until
 from worker.errors import Reason
 from worker.jobs.judge import judge
 from worker.jobs.outcome import Intent
@@ -45,22 +43,6 @@ signal.pause()
 """Has 100 MB from its first output on, and 300 MB from SIGUSR1 on."""
 
 
-async def run(*command: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    output = (await process.communicate())[0].decode()
-    assert process.returncode == 0, f"{command}: {output}"
-    return output.strip()
-
-
-async def until(condition: Callable[[], bool], timeout: float = 20) -> None:
-    """Wait for something that has no event of its own."""
-    async with asyncio.timeout(timeout * SLOWNESS):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 async def change(unit: Unit, *settings: str, how: tuple[str, ...] = ("--runtime",)) -> None:
     await run("systemctl", "set-property", *how, unit.name, *settings)
 
@@ -75,19 +57,10 @@ def judged(unit: Unit, memory_mb: int, usage: Any) -> tuple[Reason | None, str]:
     return outcome.reason, outcome.message.partition(";")[0]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def bed() -> None:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
-
-
-@pytest.fixture
-async def launcher() -> AsyncIterator[Launcher]:
-    launcher = Launcher()
-    await launcher.connect()
-    yield launcher
-    for name in await launcher.leftovers():
-        await launcher.stop_and_reap(name)
-    await launcher.close()
+@pytest.fixture(autouse=True)
+def nothing_of_a_change_is_left() -> Iterator[None]:
+    """Looked at when the launcher's units are gone."""
+    yield
     assert list(Path("/run/systemd/transient").glob("ffmpeg-job-*")) == []
     assert list(Path("/etc/systemd").glob("*.control/ffmpeg-job-*")) == []
 

@@ -1,7 +1,4 @@
-"""A service that says why it was told to stop, and the ways there are to tell it.
-
-On a real systemd: runs inside the test bed, which sets FFMPEG_WORKER_BED.
-"""
+"""A service that says why it was told to stop, and the ways there are to tell it."""
 
 from __future__ import annotations
 
@@ -57,11 +54,6 @@ OTHER_UNIT = """\
 [Service]
 ExecStart=/bin/sleep infinity
 """
-
-
-@pytest.fixture(scope="session", autouse=True)
-def bed() -> None:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
 
 
 class Service:

@@ -21,6 +21,7 @@ import pytest
 
 from tests.lingering import User, lingering_user
 from tests.slowness import SLOWNESS
+from tests.system.launching import close_clean
 from worker.systemd.launch import Launch, UnitLimits
 from worker.systemd.launcher import Launcher
 from worker.systemd.names import Step, slice_name, unit_name
@@ -205,11 +206,6 @@ class Place:
         )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def bed() -> None:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
-
-
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
     with (
@@ -248,11 +244,7 @@ async def launcher(place: Place) -> AsyncIterator[Launcher]:
     finally:
         os.setresuid(0, 0, 0)
     yield launcher
-    left = await launcher.leftovers()
-    for name in left:  # a test that failed does not spoil the next
-        await launcher.stop_and_reap(name)
-    await launcher.close()
-    assert left == []
+    await close_clean(launcher)
 
 
 async def ended(unit: Unit) -> str:

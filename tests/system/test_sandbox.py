@@ -10,6 +10,7 @@ import grp
 import itertools
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -35,7 +36,6 @@ Start = Callable[..., Awaitable[Unit]]
 
 @pytest.fixture(scope="module")
 def group() -> int:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "only in the test bed: see tests/bed"
     subprocess.run(["groupadd", "--system", "--force", GROUP], check=True)
     return grp.getgrnam(GROUP).gr_gid
 
@@ -49,9 +49,7 @@ def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-async def start(work_dir: Path, group: int) -> AsyncIterator[Start]:
-    launcher = Launcher()
-    await launcher.connect()
+async def start(launcher: Launcher, work_dir: Path, group: int) -> AsyncIterator[Start]:
     root = JobRoot.prepare(work_dir / "root")
     units: list[Unit] = []
     numbers = itertools.count(1)
@@ -80,7 +78,6 @@ async def start(work_dir: Path, group: int) -> AsyncIterator[Start]:
     yield start
     for unit in units:
         await unit.reap()
-    await launcher.close()
 
 
 def exposure(unit: str) -> float:
@@ -130,6 +127,19 @@ async def test_codecs_work_and_exposure_is_low(
     assert found.st_size > 1000
     assert 61184 <= found.st_uid <= 65519  # systemd.exec(5), DynamicUser=
     assert stat.S_IMODE(found.st_mode) == 0o600
+
+
+async def test_an_encoder_finds_all_processors(start: Start) -> None:
+    """x265 works with one thread where it cannot see them in /sys/devices."""
+    source = "testsrc2=duration=0.2:size=640x360"
+    line = f"{shlex.join(FFMPEG)} -loglevel info -f lavfi -i {source} -c:v libx265 out.mp4 2>&1"
+    text = await output(await start("/bin/sh", "-c", line))
+    assert f"Thread pool created using {os.cpu_count()} threads" in text
+
+
+async def test_cgroups_of_others_cannot_be_seen(start: Start) -> None:
+    text = await output(await start("/bin/sh", "-c", "ls /sys/fs /sys/kernel 2>&1; true"))
+    assert text.count("Permission denied") == 2
 
 
 async def test_text_can_be_drawn(start: Start) -> None:

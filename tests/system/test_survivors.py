@@ -1,20 +1,16 @@
-"""Processes that outlive the main process of their unit.
-
-On a real systemd: runs inside the test bed, which sets FFMPEG_WORKER_BED.
-"""
+"""Processes that outlive the main process of their unit."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from tests.slowness import SLOWNESS
+from tests.system.commands import until
 from worker.systemd.launch import Launch, UnitLimits
 from worker.systemd.launcher import Launcher
 from worker.systemd.survivors import survivors
@@ -47,21 +43,6 @@ signal.pause()
 """
 
 
-@pytest.fixture(scope="session", autouse=True)
-def bed() -> None:
-    assert os.environ.get("FFMPEG_WORKER_BED") == "1", "not inside the test bed: see tests/bed"
-
-
-@pytest.fixture
-async def launcher() -> AsyncIterator[Launcher]:
-    launcher = Launcher()
-    await launcher.connect()
-    yield launcher
-    for name in await launcher.leftovers():
-        await launcher.stop_and_reap(name)
-    await launcher.close()
-
-
 async def started(launcher: Launcher, tmp_path: Path, program: str) -> Unit:
     return await launcher.start(
         Launch(
@@ -92,9 +73,8 @@ async def test_a_daemon_is_found_and_ended_with_the_unit(
 
 async def test_a_process_that_ended_does_not_count(launcher: Launcher, tmp_path: Path) -> None:
     unit = await started(launcher, tmp_path, ZOMBIE)
-    async with asyncio.timeout(20 * SLOWNESS):
-        while not (text := (tmp_path / "out").read_text().strip()):
-            await asyncio.sleep(0.02)
+    await until(lambda: (tmp_path / "out").read_text().endswith("\n"))
+    text = (tmp_path / "out").read_text().strip()
     assert Path(f"/proc/{text}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     assert survivors(unit.state.control_group) == [unit.state.main_pid]
     await unit.stop()

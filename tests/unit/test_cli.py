@@ -7,7 +7,7 @@ import pwd
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -24,22 +24,7 @@ from worker.telemetry import logs
 
 SECRET = "sesame-open-0123456789"
 URL = "https://m:8080"
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for key in KEYS:
-        for name in key.names:
-            monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            root.removeHandler(handler)
-    root.setLevel(level)
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("no_settings", "logging_restored")
 
 
 def command(monkeypatch: pytest.MonkeyPatch, name: str, run: Callable[..., int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import re
 import socket
@@ -18,9 +17,10 @@ import pytest
 from worker import cli
 from worker.cli.arguments import parse
 from worker.cli.drain import NoAgent, NoAnswer, ask, sentence
-from worker.config import KEYS
 from worker.control import Control, News, Status, socket_path
 from worker.errors import ConfigError, WorkerError
+
+pytestmark = pytest.mark.usefixtures("no_settings", "logging_restored")
 
 
 class FakeAgent:
@@ -72,21 +72,6 @@ class FakeAgent:
         while self.status.draining and not self.status.idle:
             await self._news.wait()
         return self.status.answer()
-
-
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for key in KEYS:
-        for name in key.names:
-            monkeypatch.delenv(name, raising=False)
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            root.removeHandler(handler)
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 @pytest.fixture

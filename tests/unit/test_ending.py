@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -37,13 +35,6 @@ class FakeDispatcher:
 
     async def stop(self, intent: Intent, hurry: asyncio.Event) -> None:
         self.done.append(f"stopped: {intent}{', hurried' if hurry.is_set() else ''}")
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.open(tmp_path / "ledger.db")
-    yield ledger
-    ledger.close()
 
 
 @pytest.mark.parametrize(

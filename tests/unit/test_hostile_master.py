@@ -23,8 +23,8 @@ from worker.master.answers import MOST_VALUES, Answer, quotable
 from worker.master.client import MOST_BYTES, MasterClient
 from worker.master.reception import MOST_PIECES
 from worker.master.session import MOST_NODE_IDS, NodeSession
-from worker.master.wire import MOST_CHARACTERS, MOST_PARTS, Job, bounded
-from worker.printable import blotter, escape, is_plain
+from worker.master.wire import MOST_CHARACTERS, MOST_PARTS
+from worker.printable import is_plain
 from worker.telemetry import logs
 
 KEY = "s3cret/key+with=marks"
@@ -212,68 +212,6 @@ def test_an_element_that_is_too_large_is_left_out() -> None:
     assert [item for item in found if item is not None] == [{"id": "c"}]
 
 
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        (b'{"' + b'\\"' * 200_000, "no JSON list"),
-        (b'{"jobs": ["' + b'\\"' * 200_000, "ends within"),
-        (b'{"jobs": [{"id": "a"}', "ends within"),
-        (b'{"a": {"jobs": [{}]}}', "no JSON list"),
-        (b'{"a": "jobs", "b": [{}]}', "no JSON list"),
-        (b'"jobs"', "no JSON list"),
-        (b'{"jobs": "x"}', "no JSON list"),
-        (b"[{]}]", "no JSON"),
-        (b"", "no JSON list"),
-    ],
-)
-def test_no_list(body: bytes, said: str) -> None:
-    with pytest.raises(MasterRefused, match=said):
-        list(read(body).elements("jobs"))
-
-
-@pytest.mark.parametrize(
-    ("body", "found"),
-    [
-        (b'\xef\xbb\xbf {"count": 1, "x": ["jobs", {"jobs": 5}], "jobs": [{"a": "]}"}]}',
-         [{"a": "]}"}]),
-        (b'[{"a": [1, {"b": []}]}, 5, "x", null, [2], {1} , {"c": "\\\\"}]',
-         [{"a": [1, {"b": []}]}, [2], {"c": "\\"}]),
-        (b'{"jobs": null}', []),
-        (b' null ', []),
-    ],
-)  # fmt: skip
-def test_a_list(body: bytes, found: list[object]) -> None:
-    assert [item for item in read(body).elements("jobs") if item is not None] == found
-
-
-def test_a_list_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "MOST_ELEMENTS", 10)
-    assert len(list(read(b"[" + b"{}," * 10 + b"0]").elements("jobs"))) == 10
-    with pytest.raises(MasterRefused, match="more than 10 jobs"):
-        list(read(b"[" + b"{}," * 11 + b"0]").elements("jobs"))
-    monkeypatch.setattr(listing, "MOST_TOKENS", 10)
-    with pytest.raises(MasterRefused, match="more than 10 values"):
-        list(read(b"[" + b'"a",' * 11 + b"0]").elements("jobs"))
-
-
-@pytest.mark.parametrize("piece", [b'{"id":5},', b'"a",', b'{"id":"a"},', b"[[[]]],"])
-async def test_a_long_list_lets_others_work(piece: bytes) -> None:
-    body = b"[" + piece * 40_000 + b"0]"
-    client, _ = answering(httpx.Response(200, content=body))
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    task = asyncio.create_task(other())
-    assert await client.jobs(lambda job: False) == []
-    task.cancel()
-    assert turns > 10
-
-
 # A job
 
 
@@ -308,44 +246,10 @@ async def test_a_job_that_is_too_large_fails_by_itself(
     assert len(json.dumps(kept, default=str)) < 1000
 
 
-def test_a_large_job_that_fits_is_left_as_it_is() -> None:
-    job = Job(id="a", parameters={"text": "a" * 100_000, "many": [0] * 3000})
-    assert bounded(job) is job
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"sequence_number": -1}, None), ({"sequence_number": 2**63}, None),
-        ({"sequence_number": True}, None), ({"sequence_number": 1.0}, None),
-        ({"sequence_number": "7"}, None), ({"sequence_number": 2**53}, 2**53),
-        ({"retry_count": -5}, 0), ({"retry_count": 10**4000}, 0), ({"retry_count": [1]}, 0),
-        ({"retry_count": 3}, 3), ({"max_retries": {}}, None),
-        ({"created_at": "9" * 100_000}, None), ({"created_at": 1e300}, None),
-        ({"created_at": "0000-00-00T00:00:00Z"}, None), ({"created_at": {"a": 1}}, None),
-        ({"status": "x" * 100_000}, "x" * 1024), ({"status": 7}, ""),
-        ({"status": "\ud800"}, "?"), ({"node_id": ["n"]}, ""),
-        ({"node_id": "n" * 2000}, "n" * 1024),
-    ],
-)  # fmt: skip
-def test_fields_of_a_job(fields: dict[str, Any], expected: object) -> None:
-    (name,) = fields
-    assert getattr(Job(id="a", **fields), name) == expected
-
-
-async def test_the_last_of_two_fields_counts_and_a_mark_at_the_beginning_does_not() -> None:
-    client, _ = answering(httpx.Response(200, content=b'\xef\xbb\xbf{"id": "a", "id": "b"}'))
-    job = await client.next_job("n")
-    assert job is not None
-    assert job.id == "b"
-
-
 # Over time
 
 
-async def test_what_is_kept_of_many_jobs_and_node_ids(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_what_is_kept_of_many_jobs_and_node_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "MOST_TAKEN", 100)
     names: list[str] = []
 
@@ -367,60 +271,7 @@ async def test_what_is_kept_of_many_jobs_and_node_ids(
     assert len(set(session.node_ids)) == MOST_NODE_IDS
 
 
-async def test_a_costly_list_is_not_looked_at_again_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 1000.0
-    lists = 0
-
-    def handler(request: httpx.Request) -> httpx.Response:
-        nonlocal lists
-        if request.url.path == "/nodes/register":
-            return httpx.Response(200, json={"id": "n"})
-        if request.url.path == "/jobs":
-            lists += 1
-            return httpx.Response(200, json=[])
-        return httpx.Response(503, text="doubt")
-
-    session = NodeSession(client_of(handler), REGISTRATION, clock=lambda: now, in_doubt=True)
-    monkeypatch.setattr(session_module, "COSTLY", -1.0)
-    monkeypatch.setattr(session_module, "CPU_SHARE", 1e-9)
-    for _ in range(3):
-        with pytest.raises(MasterRefused):
-            await session.next_job(set())
-    assert lists == 1
-    now += 1e12
-    with pytest.raises(MasterRefused):
-        await session.next_job(set())
-    assert lists == 2
-
-
-# What it says, and what it would have us say
-
-UNSEEN = [
-    "\n", "\r", "\r\n", "\x1b[2J", "\x9b31m", "\x00", "\x7f", "\x85", "\u2028", "\u2029",
-    "\u202e", "\u2066", "\u2069", "\u061c", "\u200b", "\u200d", "\u2060", "\ufeff", "\u00ad",
-    "\u180e", "\u3164", "\uffa0", "\u115f", "\u034f", "\ufe0f", "\u2800", "\U000e0041",
-    "\U000e0100", "\ud800", "\ue000", "\U0010fffd", "\u00a0", "\u3000", "\ufffe",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("char", UNSEEN)
-def test_what_cannot_be_seen_is_written_out(char: str) -> None:
-    text = escape(f"a{char}b")
-    assert text.startswith("a\\")
-    assert text.endswith("b")
-    assert is_plain(text)
-    assert is_plain(quotable(f"a{char}b"))
-
-
-@pytest.mark.parametrize(
-    "text", ["über", "漢字かな", "русский", "עברית", "العربية", "हिन्दी", "ไทย", "🙂"]
-)
-def test_letters_of_all_scripts_stay(text: str) -> None:
-    assert escape(text) == text
-    assert quotable(text) == text
-
+# What it would have us say
 
 FORMS = [
     KEY,
@@ -480,11 +331,6 @@ def test_a_key_that_a_cut_goes_through_is_not_shown() -> None:
     for filled in range(8192 - len(KEY) - 1, 8196):
         record = logging.LogRecord("x", 10, "", 1, "a" * filled + KEY, None, None)
         assert not reveals(logs.LineFormatter(journal=True, secrets=[KEY]).format(record))
-
-
-def test_short_secrets_and_none_hide_nothing() -> None:
-    assert blotter(["abc", ""], "*")("abcabc") == "abcabc"
-    assert blotter(["abcd"], "*")("YWJjZA== abcd") == "YWJjZA== *"
 
 
 def test_an_answer_shows_neither_body_nor_key() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -218,27 +219,13 @@ def test_a_negative_queue_time_is_none_at_all() -> None:
     assert build_result(replace(RUN, job=job), COMPLETED).metrics["queue_time_seconds"] == 0.0
 
 
-def judged(
-    outcome: Outcome = COMPLETED,
-    *,
-    classification: str = "",
-    scenario: str = "720p30-h264",
-    duration: float | None = None,
-    queue: str = "default",
-    priority: str = "medium",
-    waited: float | None = 1.0,
-    worked: float = 100.0,
-) -> Sla:
-    return sla(
-        classification=classification,
-        scenario=scenario,
-        duration_sec=duration,
-        queue=queue,
-        priority=priority,
-        outcome=outcome,
-        queue_sec=waited,
-        processing_sec=worked,
-    )
+def judged(outcome: Outcome = COMPLETED, **fields: Any) -> Sla:
+    """The verdict on a plain job that was done in time, but for these fields."""
+    plain: dict[str, Any] = {
+        "classification": "", "scenario": "720p30-h264", "duration_sec": None,
+        "queue": "default", "priority": "medium", "queue_sec": 1.0, "processing_sec": 100.0,
+    }  # fmt: skip
+    return sla(outcome=outcome, **plain | fields)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +233,10 @@ def judged(
     [
         (judged(classification="production", scenario="test-x"), "production"),
         (judged(classification="Test"), "test"),
-        (judged(classification="debug", waited=99), "debug"),
+        (judged(classification="debug", queue_sec=99), "debug"),
         (judged(scenario="Benchmark-4k"), "benchmark"),
-        (judged(duration=9.9), "test"),
-        (judged(duration=10.0), "production"),
+        (judged(duration_sec=9.9), "test"),
+        (judged(duration_sec=10.0), "production"),
         (judged(queue="batch", priority="low"), "batch"),
         (judged(classification="nightly"), "production"),
     ],
@@ -263,15 +250,15 @@ def test_which_jobs_count(verdict: Sla, category: str) -> None:
 @pytest.mark.parametrize(
     ("verdict", "compliant"),
     [
-        (judged(waited=30.0, worked=600.0), True),
-        (judged(waited=30.1), False),
-        (judged(waited=None), True),
-        (judged(worked=600.1), False),
+        (judged(queue_sec=30.0, processing_sec=600.0), True),
+        (judged(queue_sec=30.1), False),
+        (judged(queue_sec=None), True),
+        (judged(processing_sec=600.1), False),
         (judged(Outcome.failed(Reason.PLATFORM_ERROR, "")), False),
         (judged(Outcome.failed(Reason.RESOURCE_ERROR, "")), False),
-        (judged(Outcome.failed(Reason.TIMEOUT, ""), worked=599), True),
-        (judged(Outcome.failed(Reason.TIMEOUT, ""), worked=601), False),
-        (judged(Outcome.failed(Reason.USER_ERROR, ""), waited=99, worked=999), True),
+        (judged(Outcome.failed(Reason.TIMEOUT, ""), processing_sec=599), True),
+        (judged(Outcome.failed(Reason.TIMEOUT, ""), processing_sec=601), False),
+        (judged(Outcome.failed(Reason.USER_ERROR, ""), queue_sec=99, processing_sec=999), True),
         (judged(Outcome.failed(Reason.RUNTIME_ERROR, "")), True),
     ],
 )

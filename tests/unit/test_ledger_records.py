@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,6 @@ def put_down(folder: Path, name: str, job: Job, result: JobResult | None = None)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "accepted"
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.open(tmp_path / "ledger.db")
-    yield ledger
-    ledger.close()
 
 
 def test_records_become_entries(ledger: Ledger, folder: Path) -> None:

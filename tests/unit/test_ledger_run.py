@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from worker.ledger import Ledger
 from worker.master.wire import Job
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.open(tmp_path / "ledger.db")
-    yield ledger
-    ledger.close()
 
 
 async def test_calls_are_done_in_order_in_one_thread(ledger: Ledger) -> None:

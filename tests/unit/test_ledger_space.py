@@ -18,18 +18,6 @@ from worker.ledger import Ledger
 from worker.master.wire import Job
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.db"
-
-
-@pytest.fixture
-def ledger(path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.open(path, clock=lambda: 1000.0)
-    yield ledger
-    ledger.close()
-
-
 @contextlib.contextmanager
 def no_file_beyond(size: int) -> Iterator[None]:
     """Writes beyond it fail with EFBIG, in part or as a whole (setrlimit(2), RLIMIT_FSIZE)."""
@@ -43,12 +31,12 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("which", range(len(LIFE)))
 def test_a_full_disk_at_any_byte_of_a_step(
-    ledger: Ledger, path: Path, tmp_path: Path, which: int
+    ledger: Ledger, ledger_path: Path, tmp_path: Path, which: int
 ) -> None:
     for step in LIFE[:which]:
         step(ledger)
     before = content(ledger)
-    size = log_of(path).stat().st_size if which else 0
+    size = log_of(ledger_path).stat().st_size if which else 0
     failures = 0
     for room in range(0, 100_000, 731):
         try:
@@ -63,43 +51,43 @@ def test_a_full_disk_at_any_byte_of_a_step(
             break
     assert failures
     assert content(ledger) != before
-    assert read(copy(path, tmp_path / "copy")) == content(ledger)
+    assert read(copy(ledger_path, tmp_path / "copy")) == content(ledger)
 
 
 def test_after_a_failure_it_works_again_when_there_is_space(
-    ledger: Ledger, path: Path, tmp_path: Path
+    ledger: Ledger, ledger_path: Path, tmp_path: Path
 ) -> None:
     for step in LIFE:
         with (
-            no_file_beyond(log_of(path).stat().st_size),
+            no_file_beyond(log_of(ledger_path).stat().st_size),
             pytest.raises(LedgerError, match=r"ledger\.db: .* free space"),
         ):
             step(ledger)
         assert ledger.check() == ""
         step(ledger)
-        assert read(copy(path, tmp_path / str(LIFE.index(step)))) == content(ledger)
+        assert read(copy(ledger_path, tmp_path / str(LIFE.index(step)))) == content(ledger)
 
 
-def test_no_space_for_a_new_ledger(path: Path) -> None:
+def test_no_space_for_a_new_ledger(ledger_path: Path) -> None:
     for size in range(0, 8000, 731):
         with no_file_beyond(size), pytest.raises(LedgerError, match="free space"):
-            Ledger.open(path)
-        assert not path.exists()
-    Ledger.open(path).close()
+            Ledger.open(ledger_path)
+        assert not ledger_path.exists()
+    Ledger.open(ledger_path).close()
 
 
-def test_check_costs_no_write_unless_one_failed(ledger: Ledger, path: Path) -> None:
+def test_check_costs_no_write_unless_one_failed(ledger: Ledger, ledger_path: Path) -> None:
     ledger.accept(JOB)
-    before = log_of(path).read_bytes()
+    before = log_of(ledger_path).read_bytes()
     assert ledger.check() == ""
     with pytest.raises(ValueError):
         ledger.reap(1)
     assert ledger.check() == ""
-    assert log_of(path).read_bytes() == before
+    assert log_of(ledger_path).read_bytes() == before
     with no_file_beyond(len(before)), pytest.raises(LedgerError):
         ledger.reap(ledger.accept(Job(id="x")).id)
     assert ledger.check() == ""
-    assert log_of(path).read_bytes() != before
+    assert log_of(ledger_path).read_bytes() != before
 
 
 @pytest.mark.parametrize(
@@ -117,25 +105,25 @@ def test_check_sees_trouble_before_a_write_does(
 
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_file_that_was_taken_away_is_not_written_on(
-    ledger: Ledger, path: Path, replace: bool
+    ledger: Ledger, ledger_path: Path, replace: bool
 ) -> None:
-    path.rename(path.with_name("moved"))
+    ledger_path.rename(ledger_path.with_name("moved"))
     if replace:
-        path.write_bytes(b"")
+        ledger_path.write_bytes(b"")
     what = "was replaced" if replace else "is gone"
     with pytest.raises(LedgerError, match=what):
         ledger.accept(JOB)
     assert what in ledger.check()
-    path.with_name("moved").replace(path)
+    ledger_path.with_name("moved").replace(ledger_path)
     assert ledger.check() == ""
     ledger.accept(JOB)
 
 
 def test_another_program_that_writes(
-    ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, ledger_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger._file._db.execute("PRAGMA busy_timeout = 10")
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+    with contextlib.closing(sqlite3.connect(ledger_path, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerError, match="locked; end the program"):
             ledger.accept(JOB)

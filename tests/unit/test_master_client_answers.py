@@ -243,3 +243,10 @@ async def test_a_name_that_does_not_resolve() -> None:
     outer.__cause__ = ExceptionGroup("several", [cause])
     with pytest.raises(MasterUnreachable, match="cannot be resolved"):
         await failing(outer).jobs()
+
+
+async def test_the_last_of_two_fields_counts_and_a_mark_at_the_beginning_does_not() -> None:
+    client, _ = answering(httpx.Response(200, content=b'\xef\xbb\xbf{"id": "a", "id": "b"}'))
+    job = await client.next_job("n")
+    assert job is not None
+    assert job.id == "b"

@@ -18,23 +18,12 @@ import pytest
 from tests.fakes import master as fake_module
 from tests.fakes.master import FakeMaster
 from tests.fakes.shapes import go_time
+from tests.unit.clock import Clock
 
 NODE = {
     "address": "https://box:80", "type": "server", "cpu_threads": 8, "cpu_model": "x",
     "has_gpu": False, "ram_total_bytes": 1 << 30,
 }  # fmt: skip
-
-
-class Clock:
-    now = 1_700_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -44,28 +44,30 @@ def write_leaf(ca: trustme.CA, folder: Path, name: str, *identities: str) -> Fil
     return files
 
 
-def write_self_signed(folder: Path) -> Files:
-    """As the master makes its own: no CA, and signed with its own key."""
+def write_self_signed(folder: Path, name: str = "master", *, extended: bool = True) -> Files:
+    """As the master makes its own, or without extensions: no CA, and signed with its own key."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "master")])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
-    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    addresses = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
-    certificate = (
+    builder = (
         x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
+        .subject_name(subject)
+        .issuer_name(subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=365))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-        .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
-        .sign(key, hashes.SHA256())
     )
+    if extended:
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        addresses = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+        builder = (
+            builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+            .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
+        )
     files = Files(folder / "self.pem", folder / "self.pem", folder / "self.key")
-    files.cert.write_bytes(certificate.public_bytes(Encoding.PEM))
+    files.cert.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
     files.key.write_bytes(
         key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     )  # fmt: skip
@@ -160,27 +162,10 @@ async def test_loopback_is_no_exception(host: str, tmp_path: Path) -> None:
 
 async def test_a_name_counts_only_where_certificates_have_names(tmp_path: Path) -> None:
     """One without them, but with the host as its common name, is for nobody."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    pem = tmp_path / "both.pem"
-    pem.write_bytes(
-        certificate.public_bytes(Encoding.PEM)
-        + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    )
-    with FakeMaster(tls=server_context(pem)) as master:
+    files = write_self_signed(tmp_path, "localhost", extended=False)
+    with FakeMaster(tls=server_context(files.cert, files.key)) as master:
         url = f"https://localhost:{master.port}"
-        assert "for another name" in str(await fail(MasterClient(base_url=url, ca=pem)))
+        assert "for another name" in str(await fail(MasterClient(base_url=url, ca=files.cert)))
         assert not master.requests
 
 

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.master.wire import Job, JobResult, NodeRegistration, ResultAnswer, encode
+from worker.master.wire import Job, JobResult, NodeRegistration, ResultAnswer, bounded, encode
 
 
 def result(**fields: object) -> JobResult:
@@ -80,3 +82,28 @@ def test_a_jobs_odd_fields_are_kept_for_the_judge() -> None:
         {"id": "j", "sequence_number": "4", "parameters": 5, "created_at": "0001-01-01T00:00:00Z"}
     )
     assert (job.sequence_number, job.parameters, job.created_at) == (None, 5, None)
+
+
+def test_a_large_job_that_fits_is_left_as_it_is() -> None:
+    job = Job(id="a", parameters={"text": "a" * 100_000, "many": [0] * 3000})
+    assert bounded(job) is job
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"sequence_number": -1}, None), ({"sequence_number": 2**63}, None),
+        ({"sequence_number": True}, None), ({"sequence_number": 1.0}, None),
+        ({"sequence_number": "7"}, None), ({"sequence_number": 2**53}, 2**53),
+        ({"retry_count": -5}, 0), ({"retry_count": 10**4000}, 0), ({"retry_count": [1]}, 0),
+        ({"retry_count": 3}, 3), ({"max_retries": {}}, None),
+        ({"created_at": "9" * 100_000}, None), ({"created_at": 1e300}, None),
+        ({"created_at": "0000-00-00T00:00:00Z"}, None), ({"created_at": {"a": 1}}, None),
+        ({"status": "x" * 100_000}, "x" * 1024), ({"status": 7}, ""),
+        ({"status": "\ud800"}, "?"), ({"node_id": ["n"]}, ""),
+        ({"node_id": "n" * 2000}, "n" * 1024),
+    ],
+)  # fmt: skip
+def test_fields_of_a_job(fields: dict[str, Any], expected: object) -> None:
+    (name,) = fields
+    assert getattr(Job(id="a", **fields), name) == expected

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_parse
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from tests.unit.clock import Clock
 from worker import __version__
 from worker.errors import Reason
 from worker.telemetry.host import HostUsage, parse_cpu, parse_meminfo
@@ -42,14 +43,6 @@ DASHBOARD = {
     "ffrtmp_worker_discovered_processes_total": "counter",
     "ffrtmp_worker_active_attachments": "gauge",
 }
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def values(metrics: Metrics) -> dict[str, float]:
@@ -193,7 +186,7 @@ def test_unit_starts_as_a_histogram(metrics: Metrics) -> None:
 
 
 def test_uptime() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     metrics = Metrics("node-1", 9091, clock=clock)
     clock.now += 42
     assert values(metrics)["ffrtmp_worker_uptime_seconds"] == 42
@@ -238,7 +231,7 @@ def test_parse_meminfo() -> None:
 
 
 def test_cpu_use_is_that_between_two_scrapes(tmp_path: Path) -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     stat = tmp_path / "stat"
     stat.write_text("cpu 100 0 0 900 0 0 0 0 0 0\n")
     host = HostUsage(tmp_path, clock)

@@ -12,21 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.clock import Clock
 from worker.telemetry.notify import Notifier
 from worker.telemetry.pulse import Pulse, feed
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
@@ -202,6 +190,7 @@ async def test_without_a_watchdog_it_returns_at_once(
 
 CHILD = """
 import asyncio, sys
+from tests.unit.clock import Clock
 from worker.telemetry.notify import Notifier
 from worker.telemetry.pulse import Pulse, feed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -17,12 +17,9 @@ from worker.systemd.launcher import Launcher
 UNIT = "ffmpeg-job-a.service"
 
 
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
+@pytest.fixture(autouse=True)
+def _jobs(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
-    ledger = Ledger.open(tmp_path / "ledger.db")
-    yield ledger
-    ledger.close()
 
 
 class FakeLauncher:

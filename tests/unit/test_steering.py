@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -73,13 +71,6 @@ async def test_an_order_that_systemd_does_not_take_is_given_up(
     dispatcher.running["a"] = SimpleNamespace(steps=Stuck())
     with pytest.raises(SystemdError, match="has not answered"):
         await JobOrders(cast("Dispatcher", dispatcher)).paused("a")
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.open(tmp_path / "ledger.db")
-    yield ledger
-    ledger.close()
 
 
 async def test_draining_lasts_until_it_is_undone(ledger: Ledger) -> None:
