@@ -221,6 +221,9 @@ class Demo:
         jobs = [(first, submit(master, 1, first))]
         wait_until_active("ffmpeg-job-demo-1.service")
         show("systemctl", "status", "--no-pager", "--lines=3", "ffmpeg-job-*")
+        headline("systemd-analyze security: what its sandbox leaves open, of 10")
+        for unit in ("ffmpeg-job-demo-1.service", SERVICE):
+            print(cut(sh("systemd-analyze", "security", "--no-pager", unit).splitlines()[-1]))
         headline("systemd-cgtop, while it runs")
         cgtop()
         headline("Five more jobs: demo-2 to demo-6")
