@@ -199,7 +199,7 @@ class Dispatcher:
             await asyncio.wait({self._jobs[job.id]})
         try:
             if await self.reports.answer(job):
-                return True
+                return False
             entry = await self._ledger.run(self._put_on_record, job)
         except LedgerError as error:
             logger.error("job %s cannot be taken: %s", job.id, error)

@@ -100,6 +100,8 @@ class Reports:
         for task, held in [*self._tasks.items()]:
             if held.job.id != job.id:
                 continue
+            if _is_same(job, held.job) and not held.settled:
+                return True  # its report is on its way, and would never arrive if begun anew
             await cancelled([task])
             same = held.result.status == "completed" and held.job.created_at == job.created_at
             if same and not held.settled:
@@ -184,4 +186,12 @@ def failed(job: Job, sentence: str) -> JobResult:
         status="failed",
         metrics={"failure_reason": Reason.PLATFORM_ERROR.value},
         error=f"{Reason.PLATFORM_ERROR}: {sentence}",
+    )
+
+
+def _is_same(job: Job, other: Job) -> bool:
+    """Both are one acceptance. Without a count of its retries that cannot be told."""
+    return "retry_count" in job.model_fields_set and (
+        (job.retry_count, job.created_at, job.node_id)
+        == (other.retry_count, other.created_at, other.node_id)
     )

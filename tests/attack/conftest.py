@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,21 @@ from typing import Any
 import pytest
 
 from tests.attack.intruder import MARK, ORDERS
+from tests.attack.servers import Server
 from tests.e2e.conftest import (  # noqa: F401 - fixtures
+    CONFIG,
     SERVICE,
     WORK_DIR,
     Worker,
     installed,
+    job_cgroups,
+    job_units,
     master,
     sh,
     until,
     worker,
 )
+from tests.e2e.conftest import PROGRAM as WORKER
 from tests.fakes.master import FakeMaster
 from tests.slowness import SLOWNESS
 
@@ -32,40 +37,47 @@ PROGRAM = Path("/usr/local/bin/ffmpeg")
 _WATCHED = ("/etc", "/usr/local", "/srv", "/home", "/root", "/opt", "/tmp", "/var")
 _CHANGES = ("/var/log", "/var/lib/systemd", "/var/lib/private", "/var/cache", "/var/tmp")
 """What the rest of the system writes to."""
-_WORKERS_OWN = ("ledger.db", "ledger.db-wal", "ledger.db-shm", "control.sock", "jobs", "root")
+_LEFT_OUT = {
+    *_CHANGES,
+    str(ORDERS),
+    *(f"{WORK_DIR}/ledger.db{suffix}" for suffix in ("", "-wal", "-shm")),
+    *(f"{WORK_DIR}/{name}" for name in ("control.sock", "jobs", "root")),
+}
+_AT_WORK = {"MAX_CONCURRENT_JOBS": "4", "POLL_INTERVAL": "100ms"}
+"""As many jobs at a time as when nothing is said, and the next one soon."""
+_PASSING = ("systemd-private-", "pytest-of-")
 
 Result = dict[str, Any]
 
 
-def snapshot() -> dict[str, tuple[int, ...]]:
-    """Each file and folder that no job may change: mode, owner, size, time of change."""
+def snapshot(*tops: str) -> dict[str, tuple[int, ...]]:
+    """Each file that no job may change: mode, owner, size, time of change.
+
+    On the whole machine, or below these folders: all of it are some ten thousand files.
+    """
     found: dict[str, tuple[int, ...]] = {}
-    for start in _WATCHED:
-        for top, folders, files in os.walk(start):
-            if top.startswith("/root/") and top.count("/") > 2:
-                folders.clear()  # down to .ssh/authorized_keys, not through whole toolchains
-            folders[:] = [
-                name
-                for name in folders
-                if f"{top}/{name}" not in _CHANGES
-                and not (Path(top) == WORK_DIR and name in _WORKERS_OWN)
-                and not name.startswith(("systemd-private-", "pytest-of-"))
-            ]
-            for name in files:
-                if Path(top) == WORK_DIR and name in _WORKERS_OWN:
+    folders = [*(tops or _WATCHED)]
+    while folders:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.path in _LEFT_OUT:
                     continue
-                path = f"{top}/{name}"
-                if path == str(ORDERS):
-                    continue
-                try:
-                    status = os.lstat(path)
-                except FileNotFoundError:
-                    continue
-                found[path] = (
-                    status.st_mode, status.st_uid, status.st_gid, status.st_size,
-                    status.st_mtime_ns, status.st_ino, status.st_nlink,
-                )  # fmt: skip
+                if not entry.is_dir(follow_symlinks=False):
+                    with contextlib.suppress(FileNotFoundError):
+                        found[entry.path] = _facts(entry.stat(follow_symlinks=False))
+                # In root's home to .ssh/authorized_keys, not through whole toolchains.
+                elif not (entry.path.startswith("/root/") and entry.path.count("/") > 3) and (
+                    not entry.name.startswith(_PASSING)
+                ):
+                    folders.append(entry.path)
     return found
+
+
+def _facts(status: os.stat_result) -> tuple[int, ...]:
+    return (
+        status.st_mode, status.st_uid, status.st_gid, status.st_size,
+        status.st_mtime_ns, status.st_ino, status.st_nlink,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Target:
         self._start(config)
 
     def _start(self, config: Mapping[str, str]) -> None:
-        self.worker.start(self.master, **config)
+        self.worker.start(self.master, **(_AT_WORK | dict(config)))
         until(lambda: self.worker.ready()[0] == 200, name="the worker takes no jobs")
         self._pid = self.worker.show("MainPID")
         self._before = snapshot()
@@ -125,7 +137,10 @@ class Target:
         return result
 
     def run_all(self, jobs: Mapping[str, Job], timeout: float = 60) -> dict[str, Result]:
-        """What the master is told of each of these jobs, by the name that a test gives it."""
+        """What the master is told of each of these jobs, by the name that a test gives it.
+
+        They are all submitted at once.
+        """
         ids = {name: self.master.submit(job.body, job.extra)["id"] for name, job in jobs.items()}
         with self.master.store.changed:  # a master gives jobs for GPUs to nodes that have one
             for node in self.master.store.nodes.values():
@@ -155,9 +170,8 @@ class Target:
 
     def unharmed(self, *made: Path) -> None:
         """The agent lives and works, and nothing but ``made`` is new or changed on the host."""
-        assert self.worker.show("ActiveState") == "active"
-        assert self.worker.show("NRestarts") == "0"
-        assert self.worker.show("MainPID") == self._pid
+        shown = sh("systemctl", "show", SERVICE, "-p", "ActiveState,NRestarts,MainPID")
+        assert set(shown.split()) == {"ActiveState=active", "NRestarts=0", f"MainPID={self._pid}"}
         assert self.worker.get("/health")[0] == 200
         self.still_beats()
         after = snapshot()
@@ -171,7 +185,7 @@ class Target:
         }
         assert changed == {}
 
-    def taken_as_it_is(self) -> None:
+    def take_note(self) -> None:
         """From here on unharmed() compares: the test itself has changed something."""
         self._before = snapshot()
 
@@ -200,6 +214,18 @@ def standing(installed: None) -> Iterator[Target]:  # noqa: F811
             sh("systemctl", "reset-failed", SERVICE, check=False)
             for path in WORK_DIR.glob("ledger.db*"):
                 path.unlink()
+    assert left_of_jobs() == []
+
+
+def left_of_jobs() -> list[str]:
+    """Units, processes and files of jobs."""
+    return [*job_units(), *job_cgroups(), *map(str, WORK_DIR.glob("jobs/*"))]
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -215,6 +241,30 @@ def _make_media() -> Path:
         source = "testsrc2=size=160x120:rate=10:duration=1"
         sh("/usr/bin/ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, str(path))
     return path
+
+
+_HISTORIES = """
+import sys
+from worker import cli
+config, *ids = sys.argv[1:]
+sys.exit(max([cli.main(["history", "--config", config, "--", job_id]) for job_id in ids]))
+"""
+
+
+def histories(job_ids: Iterable[str]) -> str:
+    """What ``ffmpeg-worker history`` prints of each of them, in one process: a start takes long."""
+    return sh(str(WORKER.with_name("python")), "-c", _HISTORIES, str(CONFIG), *job_ids)
+
+
+@contextlib.contextmanager
+def folder_for_now(path: Path) -> Iterator[Path]:
+    """A folder that everybody may read, until the end of a test."""
+    path.mkdir()
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
 
 
 class Intruder:

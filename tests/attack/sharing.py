@@ -9,19 +9,17 @@ import os
 import pwd
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.attack.conftest import MEDIA, Result, Target, snapshot
+from tests.attack.conftest import MEDIA, Result, Target, left_of_jobs, snapshot
 from tests.e2e.conftest import (
     SERVICE,
     WORK_DIR,
     Worker,
-    job_cgroups,
-    job_units,
     parameters,
     running,
     sh,
@@ -33,9 +31,10 @@ from worker.systemd.names import safe_id
 SHIPPED = {
     "INPUT_DIRS": str(MEDIA),
     "OUTPUT_DIRS": str(WORK_DIR),
-    "POLL_INTERVAL": "100ms",
 }
 INPUT = MEDIA / "in.mp4"
+HELD = 1_000_000
+"""The bitrate of a job that waits until it is let go."""
 STRANGER = 12345
 """A uid that is nobody's: of a user who may write in some folder of media."""
 ELSEWHERE = Path("/srv/elsewhere")
@@ -52,17 +51,31 @@ while True:
 """
 
 
+Maker = Callable[[Path], object]
+"""Has something stand at a path."""
+
+
 class Scene(Target):
     """A worker that several tests share, one after the other."""
 
     begun = 0
 
-    def take_note(self) -> None:
-        """From here on nothing outside of the jobs' own folders may change."""
-        self._before = snapshot()
-
     def still_beats(self) -> None:
         """That is asked for at the end, where each attack before left the agent at work."""
+
+    def take_note(self) -> None:
+        """Only of where these tests put things: elsewhere nothing has changed since the start."""
+        places = (str(WORK_DIR), str(ELSEWHERE))
+        below = tuple(f"{place}/" for place in places)
+        kept = {path: was for path, was in self._before.items() if not path.startswith(below)}
+        self._before = kept | snapshot(*places)
+
+    def turns_down(self, job: dict[str, Any], text: str) -> None:
+        """Have a job that fails with that text before anything is started for it."""
+        self.take_note()
+        result = self.refused(job, text)
+        assert "unit" not in result["metrics"], "nothing was started"
+        self.unharmed()
 
     def begin(self, job: dict[str, Any], job_id: str = "", **labels: str) -> str:
         """Have a job run under the intruder's order ``wait``; its id."""
@@ -102,9 +115,7 @@ def attacked(**config: str) -> Iterator[Scene]:
         finally:
             sh("systemctl", "stop", SERVICE, check=False)
             sh("systemctl", "reset-failed", SERVICE, check=False)
-    assert job_units() == []
-    assert job_cgroups() == []
-    assert list(WORK_DIR.glob("jobs/*")) == []
+    assert left_of_jobs() == []
     for path in WORK_DIR.glob("ledger.db*"):
         path.unlink()
 
@@ -157,6 +168,10 @@ def give_away(*paths: Path) -> None:
     """To the stranger."""
     for path in paths:
         os.lchown(path, STRANGER, STRANGER)
+
+
+def link(target: object) -> Maker:
+    return lambda path: path.symlink_to(str(target))
 
 
 def ours(path: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.attack.conftest import MEDIA, Intruder, Target
-from tests.e2e.conftest import WORK_DIR, Worker, job_units, parameters, running, sh, until
-from tests.fakes.master import FakeMaster
+from tests.attack.conftest import MEDIA, Intruder, Target, intruding, left_of_jobs
+from tests.attack.intruder import ORDERS
+from tests.e2e.conftest import WORK_DIR, job_units, parameters, running, sh, until
 from tests.slowness import SLOWNESS
 
 FILE = {"input": f"{MEDIA}/in.mp4"}
@@ -21,6 +22,25 @@ LATE = 2.0 * SLOWNESS
 
 def job(bitrate: int, **limits: int) -> dict[str, Any]:
     return parameters(**FILE, bitrate=bitrate, resource_limits=limits)
+
+
+@pytest.fixture(scope="module")
+def placed() -> Iterator[Intruder]:
+    with intruding() as intruder:
+        yield intruder
+
+
+@pytest.fixture(scope="module")
+def target(placed: Intruder, standing: Target) -> Target:
+    """One for all: the worker looks for programs when it starts, so after the intruder."""
+    return standing
+
+
+@pytest.fixture
+def intruder(placed: Intruder) -> Iterator[Intruder]:
+    yield placed
+    ORDERS.unlink()
+    until(lambda: left_of_jobs() == [], name="something of a job is left")
 
 
 @pytest.mark.parametrize("how", ["fill_disk", "fill_disk_unseen", "fill_disk_with_names"])
@@ -39,7 +59,7 @@ def test_a_disk_filler_is_ended(intruder: Intruder, target: Target, how: str) ->
 
 
 def test_one_file_over_the_limit_is_cut_off_by_the_kernel(target: Target) -> None:
-    values = {"duration": 60, "bitrate": "50M", "resource_limits": {"max_disk_mb": 2}}
+    values = {"duration": 10, "bitrate": "50M", "resource_limits": {"max_disk_mb": 2}}
     result = target.refused(
         {"scenario": "1280x720p30-h264", "parameters": values},
         "disk limit of 2 MB",
@@ -65,10 +85,14 @@ def test_a_time_limit_holds_whatever_the_job_does_with_signals(
     target.unharmed()
 
 
-def test_all_at_once_and_the_agent_heartbeats_on_time(
-    intruder: Intruder, worker: Worker, master: FakeMaster, media: Path
-) -> None:
-    target = Target(worker, master, MAX_CONCURRENT_JOBS="5", HEARTBEAT_INTERVAL="1s")
+@pytest.fixture
+def for_five(target: Target) -> Iterator[Target]:
+    with target.configured(MAX_CONCURRENT_JOBS="5", HEARTBEAT_INTERVAL="1s"):
+        yield target
+
+
+def test_all_at_once_and_the_agent_heartbeats_on_time(intruder: Intruder, for_five: Target) -> None:
+    target, master = for_five, for_five.master
     bombs = {
         1_000_000: ("fork_bomb", {"timeout_sec": 15}),
         2_000_000: ("memory_bomb", {"max_memory_mb": 256, "timeout_sec": 15}),
@@ -78,8 +102,8 @@ def test_all_at_once_and_the_agent_heartbeats_on_time(
     }
     for bitrate, (what, _) in bombs.items():
         intruder.order(what, bitrate=bitrate)
-    master.wait_for_request("POST /nodes/*/heartbeat", 1)
-    begun = time.monotonic()
+    target.still_beats()
+    begun, told = time.monotonic(), len(master.results)
     ids = [master.submit(job(bitrate, **limits))["id"] for bitrate, (_, limits) in bombs.items()]
     for job_id in ids:
         master.wait(job_id, 120 * SLOWNESS)
@@ -90,7 +114,7 @@ def test_all_at_once_and_the_agent_heartbeats_on_time(
         later - earlier for earlier, later in zip([begun, *beats], [*beats, ended], strict=True)
     ]
     assert max(gaps) < LATE, gaps
-    reasons = {one["job_id"]: one["metrics"]["failure_reason"] for one in master.results}
+    reasons = {one["job_id"]: one["metrics"]["failure_reason"] for one in master.results[told:]}
     assert [reasons[job_id] for job_id in ids] == [
         "timeout", "resource_error", "resource_error", "timeout", "timeout",
     ]  # fmt: skip
@@ -111,7 +135,7 @@ def test_a_limit_that_an_operator_changes_is_in_force_noticed_and_told(
     until(lambda: "CPUQuota 100% → 40%" in target.worker.log(), name="not noticed")
     assert sh("systemctl", "show", unit, "-p", "CPUQuotaPerSecUSec", "--value").strip() == "400ms"
     target.master.wait(job_id, 60 * SLOWNESS)
-    [result] = target.master.results
+    [result] = [one for one in target.master.results if one["job_id"] == job_id]
     assert result["status"] == "completed", result
     changed = result["analyzer_output"]["limits_changed"]
     assert changed == "CPUQuota 100% → 40%, MemoryMax 2048 MB → 300 MB"

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.attack.conftest import intruding
-from tests.attack.sharing import Scene, attacked, reading
+from tests.attack.sharing import HELD, Scene, attacked, reading
 from tests.e2e.conftest import WORK_DIR, job_units, sh
 from worker.systemd.names import safe_id, unit_name
 
-HELD = 1_000_000
-"""The bitrate of a job that waits until it is let go."""
 TRANSIENT = Path("/run/systemd/transient")
 
 

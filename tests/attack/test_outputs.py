@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.attack.conftest import intruding
+from tests.attack.conftest import folder_for_now, intruding
 from tests.attack.sharing import (
     ELSEWHERE,
+    HELD,
     INPUT,
     STRANGER,
+    Maker,
     Scene,
     assert_good,
     attacked,
     give_away,
     ids_of,
+    link,
     ours,
     swapping,
     writing,
@@ -28,10 +32,6 @@ from tests.e2e.conftest import WORK_DIR
 
 CASE = WORK_DIR / "case"
 JOBS_IN_A_RACE = 20
-HELD = 1_000_000
-"""The bitrate of a job that waits until it is let go."""
-
-Maker = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,8 @@ def scene() -> Iterator[Scene]:
 @pytest.fixture
 def case() -> Iterator[Path]:
     """A folder among the outputs."""
-    CASE.mkdir()
-    CASE.chmod(0o755)
-    yield CASE
-    shutil.rmtree(CASE)
+    with folder_for_now(CASE) as folder:
+        yield folder
 
 
 OUTSIDE, OWN = "lies outside of OUTPUT_DIRS", "is the worker's own"
@@ -100,16 +98,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("name", "text"), REFUSED.values(), ids=REFUSED)
 def test_a_name_that_is_refused(scene: Scene, name: str, text: str) -> None:
-    scene.take_note()
-
-    result = scene.refused(writing(name), text)
-
-    assert "unit" not in result["metrics"], "nothing was started"
-    scene.unharmed()
-
-
-def link(target: object) -> Maker:
-    return lambda path: path.symlink_to(str(target))
+    scene.turns_down(writing(name), text)
 
 
 def of(uid: int, gid: int = 0, mode: int = 0o666) -> Maker:
@@ -173,12 +162,7 @@ def test_what_stands_there_before(
     scene: Scene, case: Path, name: str, make: Maker, text: str
 ) -> None:
     make(case / name)
-    scene.take_note()
-
-    result = scene.refused(writing(case / name), text)
-
-    assert "unit" not in result["metrics"], "nothing was started"
-    scene.unharmed()
+    scene.turns_down(writing(case / name), text)
 
 
 def gone(path: Path) -> None:
@@ -193,10 +177,6 @@ def swapped(target: object) -> Maker:
         path.parent.symlink_to(str(target))
 
     return make
-
-
-def not_writable(path: Path) -> None:
-    path.parent.chmod(0o000)
 
 
 MEANWHILE: dict[str, tuple[Maker, str, str]] = {
@@ -231,42 +211,31 @@ def test_what_appears_while_the_job_runs(
     scene.unharmed()
 
 
+def publishes(scene: Scene, target: Path, labels: dict[str, str] | None = None) -> None:
+    scene.take_note()
+    result = scene.run(writing(target), labels)
+    assert result["status"] == "completed", result
+    assert_good(target)
+    scene.unharmed(target)
+
+
 @pytest.mark.parametrize("before", [None, ours], ids=["new", "older one"])
 def test_a_good_output(scene: Scene, case: Path, before: Maker | None) -> None:
     target = case / "x.mp4"
     if before is not None:
         before(target)
-    scene.take_note()
-
-    result = scene.run(writing(target))
-
-    assert result["status"] == "completed", result
-    assert_good(target)
-    scene.unharmed(target)
+    publishes(scene, target)
 
 
 @pytest.mark.parametrize("name", ["media/x.mp4", "ledger.db-x.mp4", "control.sock.mp4", "jobs.mp4"])
 def test_what_only_looks_like_the_workers_own(scene: Scene, name: str) -> None:
-    target = WORK_DIR / name
-    scene.take_note()
-
-    result = scene.run(writing(target))
-
-    assert result["status"] == "completed", result
-    assert_good(target)
-    scene.unharmed(target)
-    target.unlink()
+    publishes(scene, WORK_DIR / name)
+    (WORK_DIR / name).unlink()
 
 
 def test_a_job_may_name_its_own_default(scene: Scene) -> None:
     target = WORK_DIR / "job_mine_output.mp4"
-    scene.take_note()
-
-    result = scene.run(writing(target), {"id": "mine"})
-
-    assert result["status"] == "completed", result
-    assert_good(target)
-    scene.unharmed(target)
+    publishes(scene, target, {"id": "mine"})
     target.unlink()
 
 
@@ -311,12 +280,10 @@ def test_a_race_for_the_output(scene: Scene, case: Path, name: str) -> None:
         jobs = [scene.master.submit(writing(target))["id"] for _ in range(JOBS_IN_A_RACE)]
         results = [scene.ended(job, 120) for job in jobs]
 
-    told: dict[str, int] = {}
     for result in results:
         if result["status"] != "completed":
             assert result["metrics"]["failure_reason"] in ("user_error", "platform_error"), result
-        sentence = result.get("error", "completed")
-        told[sentence] = told.get(sentence, 0) + 1
+    told = Counter(result.get("error", "completed") for result in results)
     print(told)
     assert len(told) > 1, "both sides had their luck"
     assert list(case.rglob(".*")) == []

@@ -8,18 +8,21 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.attack.conftest import MEDIA
+from tests.attack.conftest import MEDIA, folder_for_now
 from tests.attack.sharing import (
     ELSEWHERE,
     INPUT,
+    Maker,
     Scene,
     attacked,
     give_away,
+    link,
     make_video,
     reading,
     seconds_of,
@@ -36,8 +39,6 @@ SECRET = ELSEWHERE / "in.mp4"
 SECRET_SECONDS, GOOD_SECONDS = 7, 1
 JOBS_IN_A_RACE = 30
 
-Maker = Callable[[Path], object]
-
 
 @pytest.fixture(scope="module")
 def scene() -> Iterator[Scene]:
@@ -52,10 +53,8 @@ def scene() -> Iterator[Scene]:
 @pytest.fixture
 def case() -> Iterator[Path]:
     """A folder in media."""
-    CASE.mkdir()
-    CASE.chmod(0o755)
-    yield CASE
-    shutil.rmtree(CASE)
+    with folder_for_now(CASE) as folder:
+        yield folder
 
 
 OUTSIDE, OWN = "lies outside of INPUT_DIRS", "is the worker's own"
@@ -125,12 +124,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("name", "text"), REFUSED.values(), ids=REFUSED)
 def test_a_name_that_is_refused(scene: Scene, name: str, text: str) -> None:
-    scene.take_note()
-
-    result = scene.refused(reading(name), text)
-
-    assert "unit" not in result["metrics"], "nothing was started"
-    scene.unharmed()
+    scene.turns_down(reading(name), text)
 
 
 def put(*, mode: int = 0o644, uid: int = 0, gid: int = 0, content: bytes | None = None) -> Maker:
@@ -142,10 +136,6 @@ def put(*, mode: int = 0o644, uid: int = 0, gid: int = 0, content: bytes | None 
         path.chmod(mode)
 
     return make
-
-
-def link(target: object) -> Maker:
-    return lambda path: path.symlink_to(str(target))
 
 
 def chain(target: object, length: int) -> Maker:
@@ -332,7 +322,6 @@ def test_a_race_for_the_input(scene: Scene, case: Path, place: str, other: str, 
         jobs = [scene.master.submit(writing(output, good))["id"] for output in outputs]
         results = [scene.ended(job, 120) for job in jobs]
 
-    told: dict[str, int] = {}
     for result, output in zip(results, outputs, strict=True):
         if result["status"] == "completed":
             assert seconds_of(output) == pytest.approx(GOOD_SECONDS, abs=0.2)
@@ -340,8 +329,7 @@ def test_a_race_for_the_input(scene: Scene, case: Path, place: str, other: str, 
         else:
             assert result["metrics"]["failure_reason"] in (U, I), result
             assert not output.exists()
-        sentence = result.get("error", "completed")
-        told[sentence] = told.get(sentence, 0) + 1
+    told = Counter(result.get("error", "completed") for result in results)
     print(told)
     assert len(told) > 1, "both sides had their luck"
     assert TITLE not in json.dumps(results)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import socket
-import ssl
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
 from tests.attack.conftest import MEDIA, Job, Target
+from tests.attack.playlists import BY_HTTP, playlists
+from tests.attack.servers import Server, ServerOverTls
 from tests.e2e.conftest import parameters, running, sh, until
 
 MARK = "root:x:0:0"
@@ -173,71 +171,12 @@ def test_outputs_to_files_that_are_not_allowed(without_files: Target) -> None:
 FAILURES = "input_error|network_error|runtime_error|timeout|user_error|resource_error"
 
 
-def playlists(port: int) -> dict[str, str]:
-    """What a hostile server or file says; ``port`` is one that nobody may be led to."""
-    victim = f"127.0.0.1:{port}"
-    hls = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-VERSION:3\n"
-    found = {
-        f"hls of {name}": f"{hls}#EXTINF:1,\n{place}\n#EXT-X-ENDLIST\n"
-        for name, place in {
-            "a file": "file:///etc/passwd", "a path": "/etc/passwd", "a climb": "../../etc/passwd",
-            "concat": f"concat:http://{victim}/header|file:///etc/passwd",
-            "subfile": "subfile,,start,0,end,100,,:/etc/passwd", "cache": "cache:/etc/passwd",
-            "gopher": f"gopher://{victim}/_x", "ftp": f"ftp://{victim}/x", "tcp": f"tcp://{victim}",
-            "udp": f"udp://{victim}", "rtmp": f"rtmp://{victim}/live/x", "unix": "unix:/run/x.sock",
-            "pipe": "pipe:0", "async": f"async:http://{victim}/x", "tee": f"tee:{victim}",
-            "http": f"http://{victim}/x.ts", "a media file": f"{MEDIA}/in.mp4",
-            "a file as a media file": "file:///etc/passwd?.ts",
-        }.items()
-    }  # fmt: skip
-    found |= {
-        "hls with a key": f'{hls}#EXT-X-KEY:METHOD=AES-128,URI="file:///etc/passwd"\n'
-        "#EXTINF:1,\nx.ts\n#EXT-X-ENDLIST\n",
-        "hls with a map": f'{hls}#EXT-X-MAP:URI="file:///etc/passwd"\n'
-        "#EXTINF:1,\nx.ts\n#EXT-X-ENDLIST\n",
-        "hls of hls": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nfile:///etc/passwd\n",
-        "hls with subtitles": '#EXTM3U\n#EXT-X-MEDIA:TYPE=SUBTITLES,GROUP-ID="s",NAME="s",'
-        'URI="file:///etc/passwd"\n#EXT-X-STREAM-INF:BANDWIDTH=1,SUBTITLES="s"\nx.m3u8\n',
-        "ffconcat": "ffconcat version 1.0\nfile /etc/passwd\n",
-        "ffconcat of a URL": f"ffconcat version 1.0\nfile http://{victim}/x\n",
-        "ffconcat of another file": "ffconcat version 1.0\nfile in.mp4\n",
-        "ffconcat with options": "ffconcat version 1.0\nfile 'in.mp4'\noption safe 0\n"
-        "option protocol_whitelist file,http,tcp\nfile /etc/passwd\n",
-        "sdp": f"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
-        f"m=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n",
-        "dash": _DASH.format("file:///etc/passwd"),
-        "dash of a server": _DASH.format(f"http://{victim}/x"),
-        "dash with an entity": '<?xml version="1.0"?><!DOCTYPE MPD [<!ENTITY x SYSTEM '
-        '"file:///etc/passwd">]>' + _DASH.format("&x;"),
-        "rtsp in a playlist": f"[playlist]\nFile1=rtsp://{victim}/x\n",
-        "asx": f'<asx version="3.0"><entry><ref href="http://{victim}/x"/></entry></asx>',
-        "srt": "1\n00:00:00,000 --> 00:00:01,000\n<font face='/etc/passwd'>x</font>\n",
-        "ass": "[Script Info]\nScriptType: v4.00+\n[Fonts]\nfontname: /etc/passwd\n[Events]\n"
-        "Dialogue: 0,0:00:00.00,0:00:01.00,x,,0,0,0,,x\n",
-        "svg": f'<svg xmlns="http://www.w3.org/2000/svg"><image href="http://{victim}/x"/></svg>',
-        "imf": f"<AssetMap><Path>http://{victim}/x</Path><Path>/etc/passwd</Path></AssetMap>",
-        "ffmetadata": ";FFMETADATA1\ntitle=x\n[STREAM]\nfilename=/etc/passwd\n",
-        "a reference movie": f"RTSPtext\nREF1=http://{victim}/x\n",
-        "smooth streaming": f'<SmoothStreamingMedia Url="http://{victim}/x"/>',
-        "vapoursynth": "import os\nos.system('touch /var/tmp/x')\n",
-    }
-    return found
-
-
-_DASH = (
-    '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT1S" '
-    'profiles="urn:mpeg:dash:profile:isoff-main:2011"><Period><AdaptationSet '
-    'mimeType="video/mp4"><Representation id="1" bandwidth="1" width="16" height="16" '
-    'codecs="avc1.42c00d"><BaseURL>{}</BaseURL><SegmentBase><Initialization range="0-1"/>'
-    "</SegmentBase></Representation></AdaptationSet></Period></MPD>"
-)
-
-
 def leaves_no_trace(results: dict[str, Any]) -> None:
     """Nothing of the host's files is in what the master is told, or in the journal."""
     assert MARK not in json.dumps(results)
     sh("journalctl", "--sync")
-    assert MARK not in sh("journalctl", "-b", "-o", "cat", "-u", "ffmpeg-*")
+    # All of it: to pick out the units, of which there are many, takes half a minute.
+    assert MARK not in sh("journalctl", "-b", "-o", "cat")
 
 
 def test_a_playlist_from_a_server_leads_to_no_file(standing: Target, server: Server) -> None:
@@ -245,14 +184,15 @@ def test_a_playlist_from_a_server_leads_to_no_file(standing: Target, server: Ser
     with socket.create_server(("127.0.0.1", 0)) as victim:
         port = victim.getsockname()[1]
         for name, text in playlists(port).items():
-            # By http a playlist may lead to another server by http: that is what it is for.
-            if name not in _BY_HTTP:
+            if name not in BY_HTTP:
                 server.pages[name] = text
         results = standing.all_fail(
             {name: Job(job(server.url(name)), "", FAILURES) for name in server.pages}, timeout=120
         )
         assert set(server.seen) >= set(server.pages), "each was looked at"
-        nobody_came(victim)
+        victim.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody came
+            victim.accept()
     leaves_no_trace(results)
     asked = {name for name in server.seen if name not in server.pages}
     assert asked <= {
@@ -269,9 +209,6 @@ def test_a_playlist_from_a_server_leads_to_no_file(standing: Target, server: Ser
     standing.unharmed()
 
 
-_BY_HTTP = {"hls of http", "dash of a server", "ffconcat of a URL"}
-
-
 def test_a_playlist_that_calls_itself_a_video(standing: Target, server: Server) -> None:
     """As a file where inputs are: it leads neither to another file nor to anybody else."""
     texts = playlists(server.port)
@@ -281,7 +218,7 @@ def test_a_playlist_that_calls_itself_a_video(standing: Target, server: Server) 
         path.write_text(text)
         path.chmod(0o644)
     try:
-        standing.taken_as_it_is()
+        standing.take_note()
         jobs = {}
         for number, name in enumerate(texts):
             suffix = ("mp4", "mkv", "ts", "avi")[number % 4]
@@ -294,7 +231,7 @@ def test_a_playlist_that_calls_itself_a_video(standing: Target, server: Server) 
     finally:
         for path in MEDIA.glob("hostile-*"):
             path.unlink()
-        standing.taken_as_it_is()
+        standing.take_note()
 
 
 def test_a_name_like_a_protocol_is_the_name_of_a_file(standing: Target, media: Path) -> None:
@@ -302,14 +239,14 @@ def test_a_name_like_a_protocol_is_the_name_of_a_file(standing: Target, media: P
     for name in names:
         (MEDIA / name).write_bytes(media.read_bytes())
     try:
-        standing.taken_as_it_is()
+        standing.take_note()
         results = standing.run_all({name: Job(job(f"{MEDIA}/{name}")) for name in names})
         assert {result["status"] for result in results.values()} == {"completed"}, results
         standing.unharmed()
     finally:
         for name in names:
             (MEDIA / name).unlink()
-        standing.taken_as_it_is()
+        standing.take_note()
 
 
 def test_where_clouds_tell_their_secrets(standing: Target, server: Server) -> None:
@@ -343,85 +280,3 @@ def test_where_clouds_tell_their_secrets(standing: Target, server: Server) -> No
     finally:
         sh("ip", "address", "del", "169.254.169.254/32", "dev", "lo")
     standing.unharmed()
-
-
-# --- servers
-
-
-class Server:
-    """Gives ``pages``, and remembers who asked for what."""
-
-    def __init__(self, host: str = "127.0.0.1") -> None:
-        self.pages: dict[str, str] = {}
-        self.seen: list[str] = []
-        self.bodies: list[str] = []
-        self.connections = 0
-        self.hold = threading.Event()
-        self.hold.set()
-        self.scheme = "http"
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def setup(self) -> None:
-                outer.connections += 1
-                super().setup()
-
-            def do_GET(self) -> None:
-                name = self.path[1:].replace("%20", " ")
-                outer.seen.append(name)
-                outer.bodies.append(f"{self.requestline}\n{self.headers}")
-                outer.hold.wait()
-                text = outer.pages.get(name)
-                self.send_response(200 if text is not None else 404)
-                body = (text or "").encode()
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer((host, 0), Handler)
-        self._server.handle_error = lambda *args: None  # type: ignore[method-assign]
-        self.host = host
-        self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-
-    def url(self, name: str) -> str:
-        return f"{self.scheme}://{self.host}:{self.port}/{name.replace(' ', '%20')}"
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hold.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def over_tls(self) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.scheme = "https"
-
-
-class ServerOverTls(Server):
-    def __init__(self) -> None:
-        super().__init__()
-        self.over_tls()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
-
-
-def nobody_came(listener: socket.socket) -> None:
-    listener.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        listener.accept()

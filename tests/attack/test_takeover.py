@@ -11,13 +11,11 @@ from typing import Any
 import pytest
 
 from tests.attack.conftest import MEDIA, Intruder, Result, intruding
-from tests.attack.sharing import INPUT, Scene, attacked, reading, seconds_of, writing
+from tests.attack.sharing import HELD, INPUT, Scene, attacked, reading, seconds_of, writing
 from tests.e2e.conftest import WORK_DIR, job_cgroups, until
 from tests.slowness import SLOWNESS
 
 TARGET = WORK_DIR / "out.mp4"
-HELD = 1_000_000
-"""The bitrate of a job that waits until it is let go."""
 LARGEST_RESULT = 256 * 1024
 LONGEST_PAUSE = 5.0
 """Seconds between two heartbeats, where one is due each second."""

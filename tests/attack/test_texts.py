@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.attack.conftest import MEDIA, PROGRAM, Job, Target
+from tests.attack.conftest import MEDIA, PROGRAM, Job, Target, folder_for_now, histories
 from tests.e2e.conftest import CONFIG, SERVICE, parameters, sh
 from tests.e2e.conftest import PROGRAM as WORKER
 
@@ -111,10 +111,8 @@ def check_everything(standing: Target, results: dict[str, Any]) -> None:
         check(standing.worker.get(path)[1], path)
     for command in (("--limit", "1000"), ("--limit", "1000", "--json")):
         check(sh(str(WORKER), "history", "--config", str(CONFIG), *command), "history")
-    for result in results.values():
-        if "\0" not in result["job_id"]:  # which no command line can hold
-            text = sh(str(WORKER), "history", "--config", str(CONFIG), "--", result["job_id"])
-            check(text, f"history of {result['job_id']!r}")
+    ids = [result["job_id"] for result in results.values()]
+    check(histories(job_id for job_id in ids if "\0" not in job_id), "history of each")
 
 
 def test_names_and_values(standing: Target) -> None:
@@ -129,8 +127,7 @@ def test_names_and_values(standing: Target) -> None:
             jobs[f"{field}: {name}"] = Job(parameters(codec="-"), extra=value)
     results = standing.run_all(jobs, timeout=120)
     assert {result["status"] for result in results.values()} == {"failed"}
-    some = {name: result for name, result in results.items() if name.startswith(("codec", "queue"))}
-    check_everything(standing, some)
+    check_everything(standing, results)
     for name, result in results.items():
         check(result["error"], name)
     standing.unharmed()
@@ -158,66 +155,45 @@ def test_ids_and_scenarios_of_jobs_that_run(standing: Target) -> None:
 
 
 def test_names_of_files(standing: Target, media: Path) -> None:
-    folder = MEDIA / "names"
-    folder.mkdir(mode=0o755)
     jobs: dict[str, Job] = {}
-    for number, (name, text) in enumerate(AS_FILE_NAMES.items()):
-        encoded = f"{number}{text}.mp4".encode(errors="surrogatepass")[:250]
-        (folder / "link").with_name(f"to-{number}.mp4").symlink_to(
-            f"{number}{text}.mp4" if name != "a surrogate" else "x.mp4"
-        )
-        Path(os.fsdecode(bytes(folder) + b"/" + encoded)).write_bytes(media.read_bytes())
-        jobs[f"named: {name}"] = Job(parameters(input=f"{folder}/{number}{text}.mp4"))
-        jobs[f"behind a link: {name}"] = Job(parameters(input=f"{folder}/to-{number}.mp4"))
-    try:
-        standing.taken_as_it_is()
+    with folder_for_now(MEDIA / "names") as folder:
+        for number, (name, text) in enumerate(AS_FILE_NAMES.items()):
+            encoded = f"{number}{text}.mp4".encode(errors="surrogatepass")[:250]
+            (folder / f"to-{number}.mp4").symlink_to(
+                f"{number}{text}.mp4" if name != "a surrogate" else "x.mp4"
+            )
+            Path(os.fsdecode(bytes(folder) + b"/" + encoded)).write_bytes(media.read_bytes())
+            jobs[f"named: {name}"] = Job(parameters(input=f"{folder}/{number}{text}.mp4"))
+            jobs[f"behind a link: {name}"] = Job(parameters(input=f"{folder}/to-{number}.mp4"))
+        standing.take_note()
         results = standing.run_all(jobs, timeout=120)
         check_everything(standing, results)
         standing.unharmed()
-    finally:
-        for entry in folder.iterdir():
-            entry.unlink()
-        folder.rmdir()
-        standing.taken_as_it_is()
+    standing.take_note()
 
 
-def test_what_a_media_file_says_of_itself(standing: Target) -> None:
+def test_what_a_media_file_says_of_itself(standing: Target, media: Path) -> None:
     """ffmpeg repeats it in its log, which becomes a part of the result."""
-    folder = MEDIA / "said"
-    folder.mkdir(mode=0o755)
     jobs: dict[str, Job] = {}
-    for number, (name, text) in enumerate(NASTY.items()):
-        if "\0" in text or name == "a surrogate":
-            continue
-        path = folder / f"{number}.mkv"
-        said = ("-metadata", f"title={text}", "-metadata", f"x{text}=y")
-        stream = ("-metadata:s:v", f"title={text}", "-metadata:s:v", f"handler_name={text}")
-        sh(
-            "/usr/bin/ffmpeg",
-            "-v",
-            "error",
-            "-i",
-            f"{MEDIA}/in.mp4",
-            "-c",
-            "copy",
-            *said,
-            *stream,
-            str(path),
-        )
-        path.chmod(0o644)
-        jobs[name] = Job(parameters(input=str(path)))
-    try:
-        standing.taken_as_it_is()
+    with folder_for_now(MEDIA / "said") as folder:
+        outputs = []
+        for number, (name, text) in enumerate(NASTY.items()):
+            if "\0" in text or name == "a surrogate":
+                continue
+            said = ("-metadata", f"title={text}", "-metadata", f"x{text}=y")
+            stream = ("-metadata:s:v", f"title={text}", "-metadata:s:v", f"handler_name={text}")
+            outputs += ["-c", "copy", *said, *stream, f"{folder}/{number}.mkv"]
+            jobs[name] = Job(parameters(input=f"{folder}/{number}.mkv"))
+        sh("/usr/bin/ffmpeg", "-v", "error", "-i", str(media), *outputs)
+        for path in folder.iterdir():
+            path.chmod(0o644)
+        standing.take_note()
         results = standing.run_all(jobs, timeout=120)
         assert {result["status"] for result in results.values()} == {"completed"}, results
         assert any("FORGED" in result["logs"] for result in results.values()), "it is told"
         check_everything(standing, results)
         standing.unharmed()
-    finally:
-        for entry in folder.iterdir():
-            entry.unlink()
-        folder.rmdir()
-        standing.taken_as_it_is()
+    standing.take_note()
 
 
 def test_what_a_master_says(standing: Target) -> None:
@@ -273,7 +249,7 @@ def talker(standing: Target) -> Iterator[Target]:
     finally:
         PROGRAM.unlink()
         said.unlink()
-        standing.taken_as_it_is()
+        standing.take_note()
 
 
 def test_what_a_job_says_that_was_taken_over(talker: Target) -> None:

@@ -214,6 +214,16 @@ def test_logs_are_bounded_and_safe() -> None:
     assert "key" not in logs
 
 
+def test_an_address_in_the_command_is_printable() -> None:
+    command = ("/usr/bin/ffmpeg", "-i", "http://host/\u202egpm.\x1b[31m?token=secret")
+    logs = build_result(replace(RUN, command=command), COMPLETED).logs
+    assert logs is not None
+    first = logs.splitlines()[0]
+    assert first.isprintable()
+    assert "host" in first
+    assert "secret" not in first
+
+
 def test_a_negative_queue_time_is_none_at_all() -> None:
     job = JOB.model_copy(update={"started_at": T0 - timedelta(hours=1)})
     assert build_result(replace(RUN, job=job), COMPLETED).metrics["queue_time_seconds"] == 0.0

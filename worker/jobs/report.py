@@ -225,7 +225,7 @@ def _logs(run: JobRun) -> str | None:
     """The command, and as many of the log's last lines as fit."""
     command = ""
     if run.command:
-        words = (redact(word) if is_url(word) else plain(word, 4096) for word in run.command)
+        words = (plain(redact(word) if is_url(word) else word, 4096) for word in run.command)
         command = shortened("$ " + shlex.join(words), MAX_LOG_BYTES // 16)
     room = MAX_LOG_BYTES - len(command.encode())
     kept: list[str] = []

@@ -100,6 +100,8 @@ class Bench:
         self.answer: Delivered | Dropped = Delivered(None)
         self.executions: dict[str, FakeExecution] = {}
         self.reported: list[tuple[Job, JobResult]] = []
+        self.deliveries = 0
+        """How many were begun."""
         self.delivering = asyncio.Event()
         self.delivering.set()
         self.reason = ""
@@ -122,6 +124,7 @@ class Bench:
     async def deliver(
         self, job: Job, result: JobResult, *, maybe_landed: bool = False
     ) -> Delivered | Dropped:
+        self.deliveries += 1
         await self.delivering.wait()
         self.reported.append((job, result))
         return self.answer

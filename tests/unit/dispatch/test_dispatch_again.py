@@ -44,6 +44,28 @@ async def test_a_failed_report_on_the_way_is_dropped_for_a_new_acceptance(benche
     assert bench.entries()[0].why == "the job was handed out anew"
 
 
+@pytest.mark.parametrize("status", ["completed", "failed"])
+async def test_a_report_on_the_way_is_left_alone_by_its_own_acceptance(
+    benches: Benches, status: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a master that keeps handing out the job never gets it; nor is it asked without pause."""
+    bench = benches(job("a", retry_count=0), poll_interval=0.01)
+    bench.delivering.clear()
+    first = await bench.begun("a")
+    first.status = status
+    first.ended.set()
+    await bench.settled(lambda: bench.deliveries)
+    asked = bench.source.asked
+    bench.source.answers += [job("a", retry_count=0)] * 5
+    await bench.source.asked_times(asked + 6)
+    assert bench.deliveries == 1
+    bench.delivering.set()
+    await bench.settled(lambda: bench.reported)
+    assert [result.status for _, result in bench.reported] == [status]
+    assert bench.executions["a"] is first
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 async def test_a_completed_report_on_the_way_answers_for_a_new_acceptance(benches: Benches) -> None:
     bench = benches(job("a"))
     bench.delivering.clear()
