@@ -4,7 +4,7 @@
 # make chaos   kill and break everything around 200 jobs; writes docs/failures.md (12 min; CHAOS_ARGS="--seed N")
 # make test-vm the systemd and service tests on cgroup v2, in an emulated Debian: PART=v2 (3 min),
 #              core (12 min; the default), all (an hour and a half); SUITE=trixie
-# make attack  of these, only: hostile jobs, masters and neighbours against the worker as shipped (8 min)
+# make attack  the part of it with hostile jobs, masters and neighbours (8 min)
 # make fuzz    a million hostile jobs against all that is made of a job (FUZZ_ARGS="--count N --seed S")
 # make lint    ruff and mypy
 # make setup   .venv/bin/ffmpeg-worker, and the packages of the distribution it needs
