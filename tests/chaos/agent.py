@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # started as a program
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.chaos import points
-from worker import __main__, execution, recovery, steps, workspace
+from worker import __main__, jobfiles, recovery, steps, workspace
 from worker.execution import Execution
 from worker.ledger import Ledger, reading
 from worker.master.client import MasterClient
@@ -67,7 +67,7 @@ TARGETS: dict[str, tuple[Any, str, Callable[[tuple[Any, ...], Any], Subject | No
     "finished": (Unit, "finished", lambda call, _: of_unit(call[0].name)),
     "adopt": (steps, "adopt", lambda call, _: of_unit(call[1].unit)),
     "publishing": (workspace.Workspace, "publishing", lambda call, _: (call[0].path.name, "")),
-    "publish": (execution, "publish", lambda call, _: (call[0].parent.name, "")),
+    "publish": (jobfiles, "publish", lambda call, _: (call[0].parent.name, "")),
     "remove": (workspace.Workspace, "remove", lambda call, _: (call[0].path.name, "")),
     "release": (Execution, "release", lambda call, _: (call[0].job.id, "")),
     "recovery": (recovery.Recovery, "look", lambda call, _: NOBODY),

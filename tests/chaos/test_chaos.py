@@ -16,7 +16,7 @@ def test_the_agent_dies_at_each_step() -> None:
     with installed(), ChaosMaster() as master:
         world = World(master, Node(master.url), random.Random(1))
         world.node.start()
-        world.wait_for_poll()
+        assert world.wait_for_poll(), world.problems
 
         for point in POINTS:
             at_point(point, wait=False).run(world)

@@ -80,7 +80,7 @@ def test_a_streaming_job_has_the_network_but_not_the_cloud_it_runs_in() -> None:
         ("ProtectHome", "yes"),
         ("ProtectProc", "invisible"),
         ("ProcSubset", "pid"),
-        ("InaccessiblePaths", ["+/sys/fs", "+/sys/kernel"]),
+        ("InaccessiblePaths", ["-+/sys/fs", "-+/sys/kernel"]),
         ("MemoryDenyWriteExecute", True),
         ("DevicePolicy", "closed"),
         ("UMask", 0o077),

@@ -236,7 +236,7 @@ def _own_namespaces() -> Iterator[Property]:
     yield Property("PrivateIPC", "b", True, optional=True)
     # The cgroups, where other jobs have their ids. What is left of /sys tells of the hardware:
     # encoders look there for processors, and drivers for their GPU.
-    yield Property("InaccessiblePaths", "as", ["+/sys/fs", "+/sys/kernel"])
+    yield Property("InaccessiblePaths", "as", ["-+/sys/fs", "-+/sys/kernel"])
 
 
 def _same_uid() -> Iterator[Property]:
