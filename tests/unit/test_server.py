@@ -175,7 +175,7 @@ def test_a_flood_costs_few_threads_and_no_sockets(server: Server) -> None:
         assert threading.active_count() <= threads + server_module._MAX_CONNECTIONS
     for client in clients:
         client.close()
-    # Some may still be on their way: the kernel repeats what did not fit into the queue, ever slower.
+    # Some may be on their way: the kernel repeats what did not fit into the queue, ever slower.
     deadline = time.monotonic() + 90
     while sockets() - before and time.monotonic() < deadline:
         time.sleep(0.01)
