@@ -219,8 +219,7 @@ class Dispatcher:
 
         Runs in the ledger's thread.
         """
-        # Without a count of its retries one acceptance cannot be told from the next.
-        known = self._ledger.find(job) if "retry_count" in job.model_fields_set else None
+        known = self._ledger.find(job) if job.counts_retries else None
         if known and (known.result or known.steps or known.state is State.ACCEPTED):
             return known
         entry = self._ledger.accept(job)

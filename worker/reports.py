@@ -12,6 +12,7 @@ from typing import Protocol
 from worker.acceptance import Acceptance
 from worker.errors import Reason
 from worker.execution import Execution
+from worker.ledger import reading
 from worker.master.delivery import Delivered, Dropped
 from worker.master.wire import Job, JobResult
 
@@ -100,7 +101,8 @@ class Reports:
         for task, held in [*self._tasks.items()]:
             if held.job.id != job.id:
                 continue
-            if _is_same(job, held.job) and not held.settled:
+            again = job.counts_retries and reading.key(job) == reading.key(held.job)
+            if again and job.node_id == held.job.node_id and not held.settled:
                 return True  # its report is on its way, and would never arrive if begun anew
             await cancelled([task])
             same = held.result.status == "completed" and held.job.created_at == job.created_at
@@ -186,12 +188,4 @@ def failed(job: Job, sentence: str) -> JobResult:
         status="failed",
         metrics={"failure_reason": Reason.PLATFORM_ERROR.value},
         error=f"{Reason.PLATFORM_ERROR}: {sentence}",
-    )
-
-
-def _is_same(job: Job, other: Job) -> bool:
-    """Both are one acceptance. Without a count of its retries that cannot be told."""
-    return "retry_count" in job.model_fields_set and (
-        (job.retry_count, job.created_at, job.node_id)
-        == (other.retry_count, other.created_at, other.node_id)
     )

@@ -81,6 +81,11 @@ class Job(BaseModel):
     queue: Any = None
     priority: Any = None
 
+    @property
+    def counts_retries(self) -> bool:
+        """The master said which retry it is: else one acceptance cannot be told from the next."""
+        return "retry_count" in self.model_fields_set
+
 
 _JUDGED = (
     "scenario", "engine", "classification", "parameters", "resource_limits",

@@ -89,19 +89,21 @@ def properties(
     if launch.environment:
         block = [f"{name}={value}" for name, value in launch.environment.items()]
         result.append(Property("Environment", "as", block))
+    # A user's manager cannot do without the sandbox for the usage record: its mounts need it.
+    record_outside = launch.sandbox is not None and not user
     if launch.working_directory is not None:
         # `-`: for the usage record below systemd would look for it in the job's root, from outside.
-        optional = "-" if launch.sandbox is not None and not user else ""
+        optional = "-" if record_outside else ""
         result.append(Property("WorkingDirectory", "s", f"{optional}{launch.working_directory}"))
     if grep and record_files and launch.usage_record:
         # Runs inside the unit's cgroup, after a failure, just before that is removed: the only
         # moment at which the counters are final and still there. Its failure is ignored.
         argv = [grep, "-sH", ".", *record_files]
         result.append(Property("ExecStopPost", "a(sasb)", [[grep, argv, True]], optional=True))
-        if launch.sandbox is not None and not user:
+        if record_outside:
             # The sandbox is for what the job runs. This is ours, with nothing of the job in it. A
             # second sandbox would cost as much again, and memory, of which a job that has just been
-            # killed for it has none left. (A user's manager cannot do without: its mounts need it.)
+            # killed for it has none left.
             result += [
                 Property("PermissionsStartOnly", "b", True, optional=True),
                 Property("RootDirectoryStartOnly", "b", True, optional=True),

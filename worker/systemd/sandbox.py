@@ -131,7 +131,7 @@ def sandbox_properties(sandbox: Sandbox, *, user: bool = False) -> list[Property
         *_devices(sandbox),
         *_network(sandbox),
         *_kernel(sandbox),
-        *(_same_uid() if user else _own_namespaces()),
+        *(_same_uid() if user else _system_only()),
     ]
 
 
@@ -232,7 +232,7 @@ def _kernel(sandbox: Sandbox) -> Iterator[Property]:
     yield Property("ProcSubset", "s", "pid", optional=True)
 
 
-def _own_namespaces() -> Iterator[Property]:
+def _system_only() -> Iterator[Property]:
     yield Property("PrivateIPC", "b", True, optional=True)
     # The cgroups, where other jobs have their ids. What is left of /sys tells of the hardware:
     # encoders look there for processors, and drivers for their GPU.
